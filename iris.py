@@ -12,18 +12,16 @@ sections, equations and appendices cited below are its.
 # on: next frame, reward, end. Sampling from the GPT is a dream of the game, and the policy learns in dreams only. Two
 # hours of real play feed the autoencoder and the GPT, nothing else.
 #
-#      real frame                                       reward, end, next frame's K tokens
+#      real frame                                        reward, end, next frame's tokens
 #          |  encoder                                              ^
-#          v                                                       |
 #      K = 16 tokens of 512 words  ------------->  transformer over T = 20 steps of K + 1 tokens
 #          |  decoder                                              ^
-#          v                                                       |
 #      reconstructed frame  ---->  actor-critic (CNN, LSTM)  ----> action
 #
 # Read it top to bottom: 1 flags, 2 environment, 3 replay, 4 tokenizer, 5 world model, 6 actor-critic, 7 imagination,
-# 8 the authors' checkpoints, 9 evaluation and pictures, 10 training, 11 command line. A letter has one meaning: B batch,
-# T time steps, K tokens a frame, S = T (K + 1) positions, D width of the transformer, V vocabulary, E size of a code,
-# g = sqrt(K) side of the token grid, C channels, A actions, L size of the LSTM, H frames of a dream.
+# 8 the authors' checkpoints, 9 evaluation and pictures, 10 training, 11 command line. A letter has one meaning:
+# B batch, T time steps, K tokens a frame, S = T (K + 1) positions, D width of the transformer, V vocabulary, E size of
+# a code, g = sqrt(K) side of the token grid, C channels, A actions, L size of the LSTM, H frames of a dream.
 import argparse
 import io
 import json
@@ -46,6 +44,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:  # TensorBoard is welcome, not needed
+    SummaryWriter = None
 
 gym.register_envs(ale_py)
 
@@ -73,12 +76,12 @@ def parse_args(argv=None):
         def error(self, message):  # argparse would print the usage, some forty lines, above the message
             self.exit(2, f"iris.py: {message} (see python iris.py --help)\n")
 
-    parser = Parser(prog="iris.py", description="IRIS: learn Atari inside a learned world model.", allow_abbrev=False,
+    parser = Parser(prog="iris.py", description="IRIS: Atari learned inside a world model.", allow_abbrev=False,
                     formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, 34, width=118))
     switch, three = argparse.BooleanOptionalAction, dict(type=int, nargs=3, metavar=("TOK", "WM", "AC"))
     run = parser.add_argument_group("run")
     run.add_argument("--env", default="Pong", help="game: Pong, or ALE/Pong-v5")
-    run.add_argument("--preset", default="auto", choices=("auto", "paper", "small"), help="auto: paper on a GPU, else small")
+    run.add_argument("--preset", default="auto", choices=("auto", "paper", "small"), help="auto: paper needs a GPU")
     run.add_argument("--exp-name", default="iris", help="goes into the run's name")
     run.add_argument("--seed", type=int, default=1, help="of networks, sampling and games")
     run.add_argument("--run-dir", default="runs", help="folder for the folders of runs")
@@ -86,7 +89,6 @@ def parse_args(argv=None):
     run.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to compute")
     run.add_argument("--mixed-precision", action=switch, help="bfloat16; default: where the hardware computes in it")
     run.add_argument("--torch-deterministic", action=switch, default=False, help="repeatable on a GPU too, but slower")
-
     plan = parser.add_argument_group("schedule: three numbers are for tokenizer, world model, actor-critic")
     plan.add_argument("--epochs", type=int, default=600, help="an epoch collects, then trains the three in turn")
     plan.add_argument("--collect-epochs", type=int, default=500, help="epochs that collect; 500 x 200 is Atari 100k")
@@ -95,7 +97,6 @@ def parse_args(argv=None):
     plan.add_argument("--updates", **three, default=[200, 200, 200], help="updates of each an epoch")
     plan.add_argument("--batches", **three, default=[256, 64, 64], help="frames, segments, dreams in an update")
     plan.add_argument("--learning-rate", type=float, default=1e-4, help="of Adam, for all three")
-
     play = parser.add_argument_group("real play")
     play.add_argument("--epsilon", type=float, default=0.01, help="share of random actions while collecting")
     play.add_argument("--temperature", type=float, help="while collecting; default: 1, for Freeway 0.01 (appendix)")
@@ -104,7 +105,6 @@ def parse_args(argv=None):
     play.add_argument("--eval-games", type=int, default=16, help="games of such an evaluation")
     play.add_argument("--final-games", type=int, default=100, help="games of the evaluation at the end")
     play.add_argument("--parallel-games", type=int, default=16, help="evaluation games side by side; for speed only")
-
     tok = parser.add_argument_group("tokenizer")
     tok.add_argument("--tokens-per-frame", type=int, choices=(16, 64), default=16, help="K; 64: finer, slower (app. E)")
     tok.add_argument("--vocab-size", type=int, default=512, help="V: codes in the codebook")
@@ -116,7 +116,6 @@ def parse_args(argv=None):
     tok.add_argument("--perceptual-loss", choices=("auto", "lpips", "worst-pixel"), default="auto",
                      help="lpips is the paper's and fetches weights once; auto: worst-pixel where they cannot be had")
     tok.add_argument("--revive-codes", type=int, default=0, help="updates between moves of unused codes; 0: never")
-
     wm = parser.add_argument_group("world model")
     wm.add_argument("--sequence-length", type=int, default=20, help="T: steps the transformer sees")
     wm.add_argument("--layers", type=int, default=10, help="transformer blocks")
@@ -124,7 +123,6 @@ def parse_args(argv=None):
     wm.add_argument("--width", type=int, default=256, help="D, a multiple of the heads")
     wm.add_argument("--dropout", type=float, default=0.1, help="on embedding, attention and residuals")
     wm.add_argument("--reward-loss", choices=("cross-entropy", "mse"), default="cross-entropy", help="mse is the text")
-
     ac = parser.add_argument_group("actor-critic")
     ac.add_argument("--lstm-size", type=int, default=512, help="L: size of the policy's memory")
     ac.add_argument("--burn-in", type=int, default=20, help="real frames that fill it before a dream")
@@ -138,14 +136,14 @@ def parse_args(argv=None):
         config = read_config(Path(args.resume))
         parser.set_defaults(**config)
         args = parser.parse_args(argv)  # again, with the run's own flags as defaults
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     device = next(name for name in there if there[name]) if args.device == "auto" else args.device
     if not there[device]:
         parser.error(f"--device {device}: this machine, or this build of torch, has none; auto finds the best there is")
     if args.preset == "auto":
         args.preset = "small" if device == "cpu" else "paper"
-        print({"small": "no GPU found: the small preset, half an hour on two cores (--preset paper for the paper's)",
-               "paper": "GPU found: the paper preset, hours (--preset small for a demonstration)"}[args.preset])
+        print(dict(small="no GPU found: the small preset, half an hour on two cores (--preset paper for the paper's)",
+                   paper="GPU found: the paper preset, hours (--preset small for a demonstration)")[args.preset])
     if args.preset == "small" and not args.resume:
         parser.set_defaults(**SMALL)
         args = argparse.Namespace(**vars(parser.parse_args(argv)) | dict(preset="small"))
@@ -153,24 +151,21 @@ def parse_args(argv=None):
     if args.temperature is None:
         args.temperature = 0.01 if "Freeway" in args.env else 1.0
     if args.mixed_precision is None:  # only where bfloat16 is computed in hardware, and so saves time
-        cpu = torch.cpu.get_capabilities()
-        args.mixed_precision = {"cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(False), "mps": False,
-                                "cpu": bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))}[device]
+        units, cpu = torch.cpu.get_capabilities(), device == "cpu"
+        args.mixed_precision = bool(cpu and (units.get("avx512_bf16") or units.get("amx_bf16")) or
+                                    device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     for name, value in vars(args).items():
-        flag = f"--{name.replace('_', '-')}"
+        flag, zero, one = f"--{name.replace('_', '-')}", name in MAY_BE_ZERO, name in AT_MOST_ONE
         for x in value if isinstance(value, list) else [value]:
-            if type(x) in (int, float) and (x < 0 or x == 0 and name not in MAY_BE_ZERO or not math.isfinite(x)):
-                parser.error(f"{flag} {x} is out of range: it must be {'at least' if name in MAY_BE_ZERO else 'above'} 0")
-        if name in AT_MOST_ONE and value > 1:
-            parser.error(f"{flag} {value} is out of range: it must be at most 1")
+            if type(x) in (int, float) and not (0 < x < math.inf or x == 0 and zero) or one and x > 1:
+                parser.error(f"{flag} {x} is out of range: {'at least' if zero else 'above'} 0{', at most 1' * one}")
         if name in config.keys() - FREE_ON_RESUME and value != config[name]:
             parser.error(f"{flag} is {config[name]} in {args.resume}, and a run goes on as it began")
     for wrong, message in ((args.horizon > args.sequence_length, "--horizon cannot exceed --sequence-length"),
                            (args.width % args.heads, "--width must be a multiple of --heads"),
                            (args.tokenizer_channels % 32, "--tokenizer-channels must be a multiple of 32"),
                            (args.collect_epochs > args.epochs, "--collect-epochs cannot exceed --epochs"),
-                           (args.starts != sorted(args.starts), "--starts must rise: each part learns from the one before"),
-                           (args.seed > 20_000, "--seed must be at most 20000: games take theirs from it")):
+                           (args.starts != sorted(args.starts), "--starts must rise: each part needs the one before")):
         if wrong:
             parser.error(message)
     return args
@@ -215,37 +210,31 @@ class Game:
         self.begin(0)
 
     def begin(self, number):
-        """Starts game `number`."""
-        frames, info = self.env.reset(seed=self.seed + number)
-        self.number, self.frame, self.clock = number, frames[0, 0], info["episode_frame_number"][0]
-        self.actions, self.score, self.first = [], 0.0, True  # first: `frame` opens an episode of the replay
-
-    def advance(self, action):
-        """One step of the emulator -> reward, a life or the game was lost, the time was up, a new game has begun."""
-        frames, rewards, terminated, truncated, info = self.env.step(np.array([action]))
-        before, self.frame, self.clock = self.clock, frames[0, 0], info["episode_frame_number"][0]
-        self.actions.append(action)
-        self.score += float(rewards[0])
-        return float(rewards[0]), bool(terminated[0]), bool(truncated[0]), self.clock < before
+        """Starts game `number`. `frame` is what the player sees; `first` says that it opens an episode."""
+        frames, _ = self.env.reset(seed=self.seed + number)
+        self.number, self.frame, self.first, self.actions, self.score = number, frames[0, 0], True, [], 0.0
 
     def step(self, action):
-        """-> reward, end (for the world model: running out of time is none), score of the game if it is over or None."""
-        reward, terminated, truncated, _ = self.advance(action)
-        self.first, score = terminated or truncated, None
-        if self.first:  # one no-op shows whether the game goes on with the next life, or a new one has begun
-            if self.advance(0)[3]:
+        """-> reward, end (running out of time is none), and the game's score if it is over, else None."""
+        self.actions.append(action)
+        frames, rewards, terminated, truncated, info = self.env.step(np.array([action]))
+        self.frame, self.first, score = frames[0, 0], bool(terminated[0] or truncated[0]), None
+        self.score += float(rewards[0])
+        if self.first:  # one no-op shows whether the game goes on with the next life, or another has begun
+            frames, *_, after = self.env.step(np.array([0]))
+            self.frame = frames[0, 0]
+            if after["episode_frame_number"][0] < info["episode_frame_number"][0]:
                 score = self.score
                 self.begin(self.number + 1)
-        return reward, terminated, score
+        return float(rewards[0]), bool(terminated[0]), score
 
     def state_dict(self):
-        return dict(number=self.number, actions=self.actions, first=self.first)
+        return dict(number=self.number, actions=self.actions)
 
     def load_state_dict(self, state):
         self.begin(state["number"])
         for action in state["actions"]:
-            self.advance(action)
-        self.first = state["first"]
+            self.step(action)
 
 
 # ---- 3. Replay: every real step, and what the tokenizer makes of it --------------------------------------------------
@@ -287,7 +276,8 @@ class Replay(nn.Module):
         episode = torch.randint(self.episodes, (batch,), device=bounds.device)
         start, length = bounds[episode], bounds[episode + 1] - bounds[episode]  # (B,)
         drawn = (torch.rand(batch, device=bounds.device) * length).long().minimum(length - 1)
-        position = torch.arange(steps, device=bounds.device) + (drawn - (steps - 1) * (align == "stop"))[:, None]  # (B, T)
+        first = drawn - (steps - 1 if align == "stop" else 0)
+        position = first[:, None] + torch.arange(steps, device=bounds.device)  # (B, T), may stick out of the episode
         valid = (position >= 0) & (position < length[:, None])
         return start[:, None] + position.clamp(min=0).minimum(length[:, None] - 1), valid
 
@@ -297,7 +287,7 @@ def to_network(frames):
     return frames.movedim(-1, -3).float() / 127.5 - 1
 
 
-# ---- 4. Tokenizer: a frame is K words (a VQGAN's autoencoder without the GAN; section 2.1, appendix A.1) --------------
+# ---- 4. Tokenizer: a frame is K words (a VQGAN's autoencoder without the GAN; section 2.1, appendix A.1) -------------
 class ResBlock(nn.Module):
     """Two normalised 3x3 convolutions beside the identity; (B, C, h, w) -> the same."""
     def __init__(self, channels):
@@ -352,22 +342,17 @@ class Tokenizer(nn.Module):
         for i in range(len(sizes)):  # downwards; the halving convolution is padded on the right and at the bottom only
             encoder |= level("down", i, args.tokenizer_blocks)
             if sizes[i] > self.grid:
-                encoder[f"down_{i}_downsample"] = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(C, C, 3, stride=2))
+                encoder[f"down_{i}_downsample"] = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(C, C, 3, 2))
         for i in reversed(range(len(sizes))):  # and up again, one block deeper
             decoder |= level("up", i, args.tokenizer_blocks + 1)
             if i > 0:
                 decoder[f"up_{i}_upsample"] = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(C, C, 3, padding=1))
         # A stem of stride s sees s x s pixels at once; the decoder returns them as channels, shuffled back into place.
         decoder |= output(3 * stride ** 2) | dict(pixels=nn.PixelShuffle(stride))
-        self.encoder = nn.Sequential(OrderedDict(encoder | middle() | output(E)))
-        self.decoder = nn.Sequential(OrderedDict(decoder))
-        self.pre_quant, self.post_quant = nn.Conv2d(E, E, 1), nn.Conv2d(E, E, 1)
+        self.encoder = nn.Sequential(OrderedDict(encoder | middle() | output(E) | dict(pre_quant=nn.Conv2d(E, E, 1))))
+        self.decoder = nn.Sequential(OrderedDict(dict(post_quant=nn.Conv2d(E, E, 1)) | decoder))
         self.codebook = nn.Embedding(args.vocab_size, E)
         nn.init.uniform_(self.codebook.weight, -1 / args.vocab_size, 1 / args.vocab_size)
-
-    def encode(self, x):
-        """Frames (N, 3, 64, 64) in [-1, 1] -> latents z (N, E, g, g), before quantisation."""
-        return self.pre_quant(self.encoder(x))
 
     def quantize(self, z):
         """Latents (N, E, g, g) -> tokens (N, K): the nearest code of each place, by squared Euclidean distance."""
@@ -380,32 +365,28 @@ class Tokenizer(nn.Module):
         """Tokens (N, K) -> their codes z_q (N, E, g, g)."""
         return self.codebook(tokens).transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
-    def decode(self, z_q):
-        """Codes (N, E, g, g) -> frames (N, 3, 64, 64), about in [-1, 1]."""
-        return self.decoder(self.post_quant(z_q))
-
     def tokenize(self, frames):
         """Real frames (N, 64, 64, 3) uint8 -> tokens (N, K)."""
-        return self.quantize(self.encode(to_network(frames)))
+        return self.quantize(self.encoder(to_network(frames)))
 
     def draw(self, tokens):
         """Tokens (N, K) -> frames (N, 3, 64, 64), clamped to [-1, 1], as the policy sees them."""
-        return self.decode(self.embed(tokens)).clamp(-1, 1)
+        return self.decoder(self.embed(tokens)).clamp(-1, 1)
 
     def loss(self, x, perceptual, reconstruction_loss):
         """Equation 1 on frames x (N, 3, 64, 64) in [-1, 1] -> loss, metrics, latents z. perceptual: LPIPS or None."""
         # L = |x - D(z_q)| + |sg(z) - z_q|^2 + |z - sg(z_q)|^2 + LPIPS(x, D(z_q)); sg stops the gradient.
-        z = self.encode(x)
+        z = self.encoder(x)  # (N, E, g, g)
         z_q = self.embed(self.quantize(z))
         # Straight through: the value is z_q, while the gradient passes to z as if nothing had been rounded.
-        x_hat = self.decode(z + (z_q - z).detach())
+        x_hat = self.decoder(z + (z_q - z).detach())
         codebook, commitment = F.mse_loss(z_q, z.detach()), F.mse_loss(z, z_q.detach())
         d = (x - x_hat).float()
         if perceptual is not None:
             reconstruction = d.abs().mean() if reconstruction_loss == "l1" else d.square().mean()
             detail = perceptual(x, x_hat).mean()
-        else:  # without LPIPS small things would vanish: every frame's worst pixel counts extra (arXiv:2406.19320, whose
-            d = d / 2  # frames are in [0, 1], hence the half)
+        else:  # without LPIPS small things would vanish, so every frame's worst pixel counts extra (arXiv:2406.19320)
+            d = d / 2  # as for frames in [0, 1]
             reconstruction = 0.1 * d.abs().mean() + d.square().mean()
             detail = 0.01 * d.square().amax(dim=(1, 2, 3)).mean()
         loss = reconstruction + codebook + commitment + detail
@@ -450,7 +431,7 @@ HEADS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/ma
 
 def load_lpips():
     """LPIPS with its published weights, from torch hub's cache or fetched into it. InputError if they cannot be had."""
-    fetch = torch.hub.load_state_dict_from_url  # the hash in a name is the start of its sha256, which check_hash compares
+    fetch = torch.hub.load_state_dict_from_url  # check_hash: the hash in a file's name is the start of its sha256
     options, heads_name = dict(check_hash=True, map_location="cpu", weights_only=True), "lpips_vgg-a78928a0.pth"
     try:
         vgg, heads = fetch(VGG_URL, **options), fetch(HEADS_URL, file_name=heads_name, **options)
@@ -459,12 +440,12 @@ def load_lpips():
         lpips = LPIPS()
         lpips.load_state_dict(weights)
     except Exception as error:  # no network, a wrong hash, a damaged file, a tensor missing: it cannot be had
-        raise InputError(f"LPIPS weights cannot be had ({str(error).splitlines()[0]}); put {VGG_URL} and {HEADS_URL} (as "
-                         f"{heads_name}) into {torch.hub.get_dir()}/checkpoints or use worst-pixel") from None
+        raise InputError(f"LPIPS weights cannot be had ({str(error).splitlines()[0]}); put {VGG_URL} and {HEADS_URL} "
+                         f"(as {heads_name}) into {torch.hub.get_dir()}/checkpoints") from None
     return lpips
 
 
-# ---- 5. World model: Atari as a language (a GPT; section 2.2, appendix A.2) -------------------------------------------
+# ---- 5. World model: Atari as a language (a GPT; section 2.2, appendix A.2) ------------------------------------------
 # The text that it reads: each step's K = 16 frame tokens z and its action a; and what each position predicts:
 #
 #   position     0    1  ...   14   15     16  |  17   18  ...   31   32     33  |  34
@@ -505,7 +486,7 @@ class WorldModel(nn.Module):
         super().__init__()
         D, K, V = args.width, args.tokens_per_frame, args.vocab_size
         self.tokens_per_frame, self.reward_loss = K, args.reward_loss
-        self.token_embedding, self.action_embedding = nn.Embedding(V, D), nn.Embedding(num_actions, D)  # not the codebook
+        self.token_embedding, self.action_embedding = nn.Embedding(V, D), nn.Embedding(num_actions, D)
         self.position_embedding = nn.Embedding(args.sequence_length * (K + 1), D)
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList(Block(D, args.heads, args.dropout) for _ in range(args.layers))
@@ -524,7 +505,7 @@ class WorldModel(nn.Module):
         return torch.cat([self.token_embedding(tokens), self.action_embedding(actions)[:, :, None]], 2).flatten(1, 2)
 
     def forward(self, x, caches=None, start=0):
-        """Embedded positions start .. start + S - 1, (B, S, D) -> hidden states (B, S, D). Block explains the caches."""
+        """Embedded positions start .. start + S - 1 (B, S, D) -> hidden states (B, S, D). Block explains caches."""
         x = self.dropout(x + self.position_embedding.weight[start:start + x.shape[1]])
         for i, block in enumerate(self.blocks):
             x = block(x, None if caches is None else caches[i], start)
@@ -538,7 +519,7 @@ class WorldModel(nn.Module):
         return self.head_token(speaking).flatten(1, 2), self.head_reward(h[:, :, K]), self.head_end(h[:, :, K])
 
     def loss(self, tokens, actions, rewards, ends, valid):
-        """Segments (B, T, ...), valid (B, T) -> the three cross-entropies (means over what is valid) summed, metrics."""
+        """Segments (B, T, ...), valid (B, T) -> the sum of three cross-entropies (each a mean over the valid), metrics."""
         token_logits, reward_logits, end_logits = (logits.float() for logits in self.predict(tokens, actions))
         # The i-th prediction is about the i+1-th frame token of the segment. The very first token is given; the last
         # action predicts a frame that is not in the segment. Targets of -100 are skipped by cross_entropy.
@@ -553,11 +534,6 @@ class WorldModel(nn.Module):
         end_loss = F.cross_entropy(end_logits.flatten(0, 1), ends.masked_fill(~valid, -100).flatten())
         metrics = dict(token_loss=token_loss, reward_loss=reward_loss, end_loss=end_loss)
         return token_loss + reward_loss + end_loss, {name: value.detach() for name, value in metrics.items()}
-
-    def sample_reward(self, h, u):
-        """Hidden states at actions (B, D), uniform numbers (B,) -> dreamt rewards (B,)."""
-        logits = self.head_reward(h).float()
-        return sample(logits, u).float() - 1 if self.reward_loss == "cross-entropy" else logits[:, 0]
 
 
 def sample(logits, u, temperature=1.0):
@@ -585,13 +561,8 @@ class ActorCritic(nn.Module):
         """An empty memory."""
         return (self.actor.weight.new_zeros(batch, self.lstm.hidden_size),) * 2
 
-    def forward(self, frames, state):
-        """Drawn frames (B, 3, 64, 64), state -> policy logits (B, A), values (B,), new state."""
-        state = self.lstm(self.cnn(frames), state)
-        return self.actor(state[0]), self.critic(state[0])[:, 0], state
-
-    def unroll(self, frames, state, valid=None):
-        """Frames (B, T, 3, 64, 64) -> logits (B, T, A), values (B, T), state: T calls, but the CNN sees all at once.
+    def forward(self, frames, state, valid=None):
+        """Drawn frames (B, T, 3, 64, 64), memory before them -> logits (B, T, A), values (B, T), memory after them.
 
         valid (B, T) is false on the left where there is padding, which leaves the memory empty.
         """
@@ -605,8 +576,8 @@ class ActorCritic(nn.Module):
 
     def loss(self, imagined, state, args):
         """A dream (see `dream`) and the memory at its start -> loss, metrics; appendix B."""
-        # The dream was played without gradient. This one pass over all of its frames has it, and finds the same numbers.
-        logits, values, _ = self.unroll(imagined["frames"], state)  # (B, H, A), (B, H)
+        # The dream was played without gradient; this one pass over its frames has it, and finds the same numbers.
+        logits, values, _ = self(imagined["frames"], state)  # (B, H, A), (B, H)
         logits, values, ends = logits[:, :-1].float(), values.float(), imagined["ends"]  # the last value bootstraps
         returns = lambda_returns(imagined["rewards"], values.detach(), ends, args.gamma, args.td_lambda)  # (B, H - 1)
         # What is dreamt after an end is worth nothing: it takes no part in any of the three losses.
@@ -649,8 +620,8 @@ class Agent(nn.Module):
     def act(self, frames, u, h, c, temperature):
         """Real frames (N, 64, 64, 3) uint8, uniform numbers (N,), memory -> actions (N,), new memory."""
         seen = self.tokenizer.draw(self.tokenizer.tokenize(frames))  # the policy knows no other frames
-        logits, _, state = self.actor_critic(seen, (h, c))
-        return sample(logits, u, temperature), state
+        logits, _, state = self.actor_critic(seen[:, None], (h, c))
+        return sample(logits[:, 0], u, temperature), state
 
 
 @torch.no_grad()  # the policy must not reshape its own dream
@@ -674,13 +645,14 @@ def dream(agent, tokens, past_actions, frame, state, u, actions=None):
     position = prefix.shape[1]
     dreamt = dict(frames=[frame], tokens=[tokens[:, -1]], actions=[], rewards=[], ends=[])
     for t in range(u.shape[1]):
-        logits, _, state = agent.actor_critic(frame, state)
-        action = sample(logits, u[:, t, 0]) if actions is None else actions[:, t]
+        logits, _, state = agent.actor_critic(frame[:, None], state)
+        action = sample(logits[:, 0], u[:, t, 0]) if actions is None else actions[:, t]
         pair = torch.stack([last, world_model.action_embedding(action)], dim=1)  # (B, 2, D)
         h = world_model(pair, caches, position)[:, -1]  # (B, D), at the action
         position += 2
         dreamt["actions"].append(action)
-        dreamt["rewards"].append(world_model.sample_reward(h, u[:, t, 1]))
+        reward = world_model.head_reward(h).float()  # (B, 3) logits of the signs, or (B, 1) with mse
+        dreamt["rewards"].append(sample(reward, u[:, t, 1]).float() - 1 if reward.shape[1] == 3 else reward[:, 0])
         dreamt["ends"].append(sample(world_model.head_end(h), u[:, t, 2]).float())
         words = []
         for k in range(K):
@@ -698,20 +670,17 @@ def dream(agent, tokens, past_actions, frame, state, u, actions=None):
 # ---- 8. The authors' checkpoints -------------------------------------------------------------------------------------
 OFFICIAL_NAMES = (  # (pattern in our tensor names, what the authors' names have there), applied one after another
     (r"coder\.(down|up)_(\d)_(block|attn)_(\d)", r"coder.\1.\2.\3.\4"), (r"coder\.(down|up)_(\d)_", r"coder.\1.\2."),
-    (r"coder\.mid_", "coder.mid."), (r"sample\.1", "sample.conv"), (r"(p\w+)_quant", r"\1_quant_conv"),
+    (r"coder\.mid_", "coder.mid."), (r"sample\.1", "sample.conv"), (r"..coder\.(p\w+)_quant", r"\1_quant_conv"),
     (r"tokenizer\.codebook", "tokenizer.embedding"), (r"(tokenizer.*)\.out\.", r"\1.proj_out."),
     (r"world_model\.(blocks|norm)", r"world_model.transformer.\1"), (r"transformer\.norm", "transformer.ln_f"),
-    (r"(blocks\.\d+)\.norm", r"\1.ln"), (r"(blocks\.\d+)\.(proj|qkv)", r"\1.attn.\2"), (r"position_embedding", "pos_emb"),
-    (r"action_embedding", "embedder.embedding_tables.0"), (r"token_embedding", "embedder.embedding_tables.1"),
+    (r"(blocks\.\d+)\.norm", r"\1.ln"), (r"(blocks\.\d+)\.(proj|qkv)", r"\1.attn.\2"), ("position_embedding", "pos_emb"),
+    ("action_embedding", "embedder.embedding_tables.0"), ("token_embedding", "embedder.embedding_tables.1"),
     (r"head_token", "head_observations.head_module"), (r"head_(reward|end)\.", r"head_\1s.head_module."),
     (r"\.(actor|critic)\.", r".\1_linear."), (r"cnn\.(\d+)", lambda match: f"conv{int(match[1]) // 3 + 1}"))
 
 
 def load_official(agent, state_dict, lpips=None):
-    """Puts one of the authors' published agents (<Game>.pt) into ours, and its LPIPS into `lpips` if one is given.
-
-    InputError if a tensor is missing or has another shape.
-    """
+    """Puts one of the authors' agents (<Game>.pt) into ours, its LPIPS into `lpips`. InputError if it does not fit."""
     def fetch(name):  # the tensor that we call so; our fused qkv is three of theirs
         for pattern, theirs in OFFICIAL_NAMES:
             name = re.sub(pattern, theirs, name)
@@ -733,9 +702,9 @@ def load_official(agent, state_dict, lpips=None):
 
 # ---- 9. Evaluation and pictures --------------------------------------------------------------------------------------
 class CudaGraph:
-    """Records the kernels that a function launches, then replays them all at once: the same arithmetic without Python."""
+    """Records the kernels that a function launches, then replays them in one go: the same arithmetic, no Python."""
     # A dream is tens of thousands of tiny kernels, each quicker to run than to launch. Shapes must stay those of the
-    # first call, whose inputs become the place that later inputs are copied to; a call overwrites the last one's outputs.
+    # first call, whose inputs become the place where later inputs are copied to; every call overwrites the outputs.
     def __init__(self, function):
         self.function, self.graph = function, None
 
@@ -769,9 +738,11 @@ def evaluate(agent, args, games, record=400):
     # Every game has its own seed for the emulator and its own stream of random numbers for the policy, and every game
     # counts. So the result depends neither on how many are played side by side nor on which of them end first.
     slots, device, seed = min(games, args.parallel_games), torch.device(args.device), args.seed * 100_000 + 50_000
-    env, act = make_env(args.env, slots, training=False), fast(partial(agent.act, temperature=args.eval_temperature), args)
+    env = make_env(args.env, slots, training=False)
+    act = fast(partial(agent.act, temperature=args.eval_temperature), args)
     streams = [np.random.default_rng([seed, game]) for game in range(games)]
-    playing, returns, recording = np.arange(slots), np.zeros(games), []  # playing: the game of each slot, or -1
+    playing, upcoming = np.arange(slots), iter(range(slots, games))  # playing: the game in each slot, -1 for none
+    returns, recording = np.zeros(games), []
     frames, _ = env.reset(seed=seed + playing)
     state = agent.actor_critic.initial_state(slots)
     while (playing >= 0).any():
@@ -784,8 +755,7 @@ def evaluate(agent, args, games, record=400):
         for slot in np.flatnonzero(playing >= 0):
             returns[playing[slot]] += rewards[slot]
             if terminated[slot] or truncated[slot]:
-                following = playing.max() + 1
-                playing[slot] = following if following < games else -1
+                playing[slot] = next(upcoming, -1)
                 if playing[slot] >= 0:
                     chosen = np.arange(slots) == slot
                     frames, _ = env.reset(seed=seed + playing[[slot]], options=dict(reset_mask=chosen))
@@ -801,11 +771,9 @@ def held_out_metrics(agent, recording, T):
     # The world model must beat "each token stays what it was a frame ago". As a forecast with probabilities, copying
     # gets the benefit of hindsight: its own accuracy on the copied token, the rest spread evenly over the others.
     count = len(recording["frames"]) // T
-    if count == 0:
-        return {}
-    chunks, V = recording["frames"][:count * T].split(64), agent.world_model.token_embedding.num_embeddings
-    tokens = torch.cat([agent.tokenizer.tokenize(chunk) for chunk in chunks])  # (count T, K)
-    error = torch.cat([agent.tokenizer.draw(words) - to_network(chunk) for words, chunk in zip(tokens.split(64), chunks)])
+    frames, V = recording["frames"][:count * T], agent.world_model.token_embedding.num_embeddings
+    tokens = torch.cat([agent.tokenizer.tokenize(part) for part in frames.split(64)])  # (count T, K)
+    error = torch.cat([agent.tokenizer.draw(part) for part in tokens.split(64)]) - to_network(frames)
     tokens, actions = tokens.unflatten(0, (count, T)), recording["actions"][:count * T].view(count, T)
     logits = torch.cat([agent.world_model.predict(*part)[0] for part in zip(tokens.split(8), actions.split(8))])
     logits = logits[:, tokens.shape[-1] - 1:-1].float()  # those about the frames 1 .. T - 1: (count, (T - 1) K, V)
@@ -831,27 +799,25 @@ def draw_rows(path, rows, scale=3):
         strip = np.concatenate(list(frames), axis=1).repeat(scale, 0).repeat(scale, 1)
         margin = np.full((len(strip), 130, 3), 24, np.uint8)
         cv2.putText(margin, label, (6, len(strip) // 2), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (235,) * 3, 1, cv2.LINE_AA)
-        lines.append(cv2.copyMakeBorder(np.concatenate([margin, strip], 1), 2, 2, 0, 0, cv2.BORDER_CONSTANT, value=(24,) * 3))
+        lines += [np.concatenate([margin, strip], axis=1), np.full((4, 130 + strip.shape[1], 3), 24, np.uint8)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, cv2.imencode(".png", cv2.cvtColor(np.concatenate(lines), cv2.COLOR_RGB2BGR))[1])
 
 
 @torch.no_grad()
 def write_pictures(agent, args, recording, folder):
-    """reconstructions.png: real frames, what the tokenizer makes of them, the difference. dream.png: what really came
-    after a frame, and what the world model dreams from that frame alone, given the same actions."""
+    """reconstructions.png: real frames, the tokenizer's version, the difference. dream.png: what really followed a
+    frame, and what the world model dreams from that frame alone, given the same actions."""
     frames, H = recording["frames"], args.horizon
-    if len(frames) < H:
-        return
     some = frames[torch.linspace(0, len(frames) - 1, 10).long()]
     real, drawn = some.cpu().numpy(), to_pixels(agent.tokenizer.draw(agent.tokenizer.tokenize(some)))
     difference = np.abs(real.astype(int) - drawn).astype(np.uint8)
     draw_rows(folder / "reconstructions.png", [("real", real), ("reconstructed", drawn), ("difference", difference)])
     first = (len(frames) - H) // 2
-    tokens, part = agent.tokenizer.tokenize(frames[first:first + 1]), slice(first, first + H - 1)
+    tokens, actions = agent.tokenizer.tokenize(frames[first:first + 1]), recording["actions"][first:first + H - 1]
     u = torch.rand(1, H - 1, args.tokens_per_frame + 3, generator=torch.Generator().manual_seed(args.seed))
-    imagined = dream(agent, tokens[None], tokens[:, :0], agent.tokenizer.draw(tokens), agent.actor_critic.initial_state(1),
-                     u.to(tokens.device), recording["actions"][None, part])
+    imagined = dream(agent, tokens[None], tokens[:, :0], agent.tokenizer.draw(tokens),
+                     agent.actor_critic.initial_state(1), u.to(tokens.device), actions[None])
     draw_rows(folder / "dream.png", [("real", frames[first:first + H].cpu().numpy()),
                                      ("dreamt", to_pixels(imagined["frames"][0]))])
 
@@ -891,8 +857,8 @@ class Training:
             tokenizer=torch.optim.Adam(self.agent.tokenizer.parameters(), args.learning_rate, fused=True),
             world_model=torch.optim.AdamW(groups, args.learning_rate, fused=True),
             actor_critic=torch.optim.Adam(self.agent.actor_critic.parameters(), args.learning_rate, fused=True))
-        self.act, self.imagine = fast(partial(self.agent.act, temperature=args.temperature), args), fast(self.imagine, args)
-        self.code_uses = torch.zeros(args.vocab_size, device=self.device)  # since codes were last revived
+        self.act = fast(partial(self.agent.act, temperature=args.temperature), args)
+        self.imagine = fast(self.imagine, args)
         self.epoch, self.history, self.frames_saved = 0, [], 0
 
     def collect(self):
@@ -941,7 +907,7 @@ class Training:
                 if (i + 1) % args.revive_codes == 0:
                     latents = z.detach().float().flatten(2).transpose(1, 2).flatten(0, 1)  # (N K, E)
                     picked = latents[torch.randint(len(latents), (len(codes),), device=self.device)]
-                    codes.data = torch.where(uses[:, None] == 0, picked, codes.data)
+                    codes.data.copy_(torch.where(uses[:, None] == 0, picked, codes.data))
                     uses.zero_()
             return loss, metrics
         return self.optimize("tokenizer", update)
@@ -984,10 +950,9 @@ class Training:
 
     def imagine(self, index, valid, u):
         """Segments of burn_in + 1 real frames, uniform numbers -> the policy's memory, the dream that follows them."""
-        seen, start = self.replay.reconstructions[index], self.replay.tokens[index[:, -1:]]  # (B, ..., 3, 64, 64), (B, 1, K)
-        policy = self.agent.actor_critic
-        *_, state = policy.unroll(seen[:, :-1], policy.initial_state(len(index)), valid[:, :-1])
-        return state, dream(self.agent, start, index[:, :0], seen[:, -1], state, u)
+        seen, empty = self.replay.reconstructions[index], self.agent.actor_critic.initial_state(len(index))
+        *_, state = self.agent.actor_critic(seen[:, :-1], empty, valid[:, :-1])
+        return state, dream(self.agent, self.replay.tokens[index[:, -1:]], index[:, :0], seen[:, -1], state, u)
 
     def evaluate(self, games):
         """Real games with the policy as it is, and all networks on a game that they never trained on."""
@@ -1069,9 +1034,10 @@ def read_checkpoint(path, device):
 
 def train(args, folder):
     """The whole run: the phases of every epoch in order, a checkpoint after each epoch, the final evaluation."""
-    run, board = Training(args, folder), tensorboard(folder)
+    run, board = Training(args, folder), SummaryWriter(folder) if SummaryWriter else None
     run.load()
-    parts = ", ".join(f"{part} {sum(p.numel() for p in net.parameters()):,}" for part, net in run.agent.named_children())
+    parts = ", ".join(f"{part} {sum(p.numel() for p in net.parameters()):,}"
+                      for part, net in run.agent.named_children())
     print(f"{folder}: {args.env} on {args.device} in {'bfloat16' if args.mixed_precision else 'float32'}, preset "
           f"{args.preset}, {args.collect_epochs * args.collect_steps:,} real steps; parameters: {parts}", flush=True)
     while run.epoch < args.epochs:
@@ -1087,7 +1053,9 @@ def train(args, folder):
                 row[f"seconds_{phase.__name__}"] = time.time() - started
         if run.epoch % args.eval_every == 0:
             row.update(run.evaluate(args.eval_games)[1])
-        row.update(real_steps=run.replay.size, seconds=time.time() - begun, memory_gb=peak_memory(args.device))
+        peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+        row.update(real_steps=run.replay.size, seconds=time.time() - begun, memory_gb=peak / 1e9)
         broken = [name for name, value in row.items() if not math.isfinite(value)]
         if broken:
             raise FloatingPointError(f"{broken[0]} is not finite in epoch {run.epoch}; {folder} keeps the epoch before")
@@ -1104,24 +1072,8 @@ def train(args, folder):
     returns, metrics = run.evaluate(args.final_games)
     result = dict(env=args.env, epoch=run.epoch, returns=returns.tolist(), **metrics)
     write_atomically(folder / "eval.json", json.dumps(result, indent=1).encode())
-    print(f"{args.env}: mean return {returns.mean():.1f}, standard deviation {returns.std():.1f} over {len(returns)} games; "
-          f"pictures in {folder / 'media'}")
-
-
-def peak_memory(device):
-    """Gigabytes: of the GPU's memory where there is one, else of the process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def tensorboard(folder):
-    """A writer of TensorBoard events, or None where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder)
+    print(f"{args.env}: mean return {returns.mean():.1f} (standard deviation {returns.std():.1f}) over {len(returns)} "
+          f"games; pictures in {folder / 'media'}")
 
 
 # ---- 11. Command line ------------------------------------------------------------------------------------------------
