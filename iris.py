@@ -62,11 +62,11 @@ class InputError(ValueError):
 # networks on a shorter schedule. A flag given on the command line overrides either.
 SMALL = dict(
     epochs=15, collect_epochs=13, collect_steps=400, eval_every=5, eval_games=2, final_games=8,
-    starts=[1, 3, 7], updates=[80, 60, 10], batches=[32, 32, 32], learning_rate=5e-4, revive_codes=20,
-    stem_stride=4, tokenizer_blocks=1, embed_dim=128, sequence_length=10, layers=4, width=128, dropout=0.0,
+    starts=[1, 3, 7], updates=[1200, 60, 20], batches=[8, 32, 32], learning_rate=1e-3, revive_codes=100,
+    stem_stride=16, tokenizer_blocks=0, embed_dim=64, sequence_length=10, layers=4, width=128, dropout=0.0,
     lstm_size=256, burn_in=10, horizon=10)
 FREE_ON_RESUME = {"resume", "device", "mixed_precision", "parallel_games", "run_dir"}  # may change within a run
-MAY_BE_ZERO = {"seed", "revive_codes", "epsilon", "dropout", "gamma", "td_lambda", "entropy_coef"}
+MAY_BE_ZERO = {"seed", "revive_codes", "tokenizer_blocks", "epsilon", "dropout", "gamma", "td_lambda", "entropy_coef"}
 AT_MOST_ONE = {"epsilon", "dropout", "gamma", "td_lambda"}
 
 
@@ -111,10 +111,11 @@ def parse_args(argv=None):
     tok.add_argument("--embed-dim", type=int, default=512, help="E: dimensions of a code")
     tok.add_argument("--tokenizer-channels", type=int, default=64, help="C, a multiple of 32")
     tok.add_argument("--tokenizer-blocks", type=int, default=2, help="residual blocks a resolution; decoder: 1 more")
-    tok.add_argument("--stem-stride", type=int, choices=(1, 2, 4), default=1, help="2, 4: no layers at full resolution")
-    tok.add_argument("--reconstruction-loss", choices=("l1", "l2"), default="l1", help="l2 is the paper's text")
-    tok.add_argument("--perceptual-loss", choices=("auto", "lpips", "worst-pixel"), default="auto",
-                     help="lpips is the paper's and fetches weights once; auto: worst-pixel where they cannot be had")
+    tok.add_argument("--stem-stride", type=int, choices=(1, 2, 4, 8, 16), default=1, help="above 1: no layers at full size")
+    tok.add_argument("--perceptual-loss", choices=("auto", "lpips", "none"), default="auto",
+                     help="lpips is the paper's and fetches weights once; auto: none where they cannot be had")
+    tok.add_argument("--reconstruction-loss", choices=("auto", "l1", "l2"), default="auto",
+                     help="l2 is the paper's text, l1 the authors' code; auto: l1 beside lpips, l2 without it")
     tok.add_argument("--revive-codes", type=int, default=0, help="updates between moves of unused codes; 0: never")
     wm = parser.add_argument_group("world model")
     wm.add_argument("--sequence-length", type=int, default=20, help="T: steps the transformer sees")
@@ -382,13 +383,8 @@ class Tokenizer(nn.Module):
         x_hat = self.decoder(z + (z_q - z).detach())
         codebook, commitment = F.mse_loss(z_q, z.detach()), F.mse_loss(z, z_q.detach())
         d = (x - x_hat).float()
-        if perceptual is not None:
-            reconstruction = d.abs().mean() if reconstruction_loss == "l1" else d.square().mean()
-            detail = perceptual(x, x_hat).mean()
-        else:  # without LPIPS small things would vanish, so every frame's worst pixel counts extra (arXiv:2406.19320)
-            d = d / 2  # as for frames in [0, 1]
-            reconstruction = 0.1 * d.abs().mean() + d.square().mean()
-            detail = 0.01 * d.square().amax(dim=(1, 2, 3)).mean()
+        reconstruction = d.abs().mean() if reconstruction_loss == "l1" else d.square().mean()
+        detail = d.new_zeros(()) if perceptual is None else perceptual(x, x_hat).mean()
         loss = reconstruction + codebook + commitment + detail
         metrics = dict(tokenizer_loss=loss, reconstruction_loss=reconstruction, codebook_loss=codebook,
                        commitment_loss=commitment, perceptual_loss=detail)
@@ -903,10 +899,12 @@ class Training:
             x = to_network(self.replay.frames[index[:, 0]])
             loss, metrics, z = tokenizer.loss(x, self.perceptual, args.reconstruction_loss)
             if args.revive_codes:
-                uses.add_(tokenizer.quantize(z.detach()).flatten().bincount(minlength=len(codes)))
-                if (i + 1) % args.revive_codes == 0:
+                tokens = tokenizer.quantize(z.detach())
+                uses.add_(tokens.flatten().bincount(minlength=len(codes)))
+                if (i + 1) % args.revive_codes == 0:  # preferring latents that are far from every code
                     latents = z.detach().float().flatten(2).transpose(1, 2).flatten(0, 1)  # (N K, E)
-                    picked = latents[torch.randint(len(latents), (len(codes),), device=self.device)]
+                    distance = (latents - codes[tokens.flatten()].detach()).square().sum(1)
+                    picked = latents[torch.multinomial(distance + 1e-12, len(codes), replacement=True)]
                     codes.data.copy_(torch.where(uses[:, None] == 0, picked, codes.data))
                     uses.zero_()
             return loss, metrics
@@ -1080,15 +1078,17 @@ def train(args, folder):
 def new_run(args):
     """Makes the run's folder and its config.json, once all that can be wrong with the flags has been looked at."""
     make_env(args.env).close()
-    if args.perceptual_loss != "worst-pixel":
+    if args.perceptual_loss != "none":
         try:
             load_lpips()
             args.perceptual_loss = "lpips"
         except InputError as error:
             if args.perceptual_loss == "lpips":
                 raise
-            args.perceptual_loss = "worst-pixel"
-            print(f"--perceptual-loss worst-pixel, because {error}")
+            args.perceptual_loss = "none"
+            print(f"no perceptual loss, squared error alone: {error}")
+    if args.reconstruction_loss == "auto":  # without LPIPS, squares learn small moving things much sooner
+        args.reconstruction_loss = "l1" if args.perceptual_loss == "lpips" else "l2"
     game = re.sub(r".*/|-v\d+$", "", args.env)
     folder = Path(args.run_dir) / f"{game}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True)
