@@ -37,6 +37,8 @@ from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: beside other programs, spinning threads crawl
+
 import ale_py
 import cv2
 import gymnasium as gym
@@ -62,7 +64,7 @@ class InputError(ValueError):
 # networks on a shorter schedule. A flag given on the command line overrides either.
 SMALL = dict(
     epochs=15, collect_epochs=13, collect_steps=400, eval_every=5, eval_games=2, final_games=8,
-    starts=[1, 3, 7], updates=[1200, 60, 20], batches=[8, 32, 32], learning_rate=1e-3, revive_codes=100,
+    starts=[1, 3, 7], updates=[800, 50, 12], batches=[8, 32, 32], learning_rate=1e-3, revive_codes=100,
     stem_stride=16, tokenizer_blocks=0, embed_dim=64, sequence_length=10, layers=4, width=128, dropout=0.0,
     lstm_size=256, burn_in=10, horizon=10)
 FREE_ON_RESUME = {"resume", "device", "mixed_precision", "parallel_games", "run_dir"}  # may change within a run
