@@ -54,7 +54,6 @@ except ImportError:  # TensorBoard is welcome, not needed
 
 gym.register_envs(ale_py)
 
-
 class InputError(ValueError):
     """Something the user gave cannot work. The message says what, and what to do; main() prints it and exits with 2."""
 
@@ -63,14 +62,13 @@ class InputError(ValueError):
 # The defaults are the paper's. SMALL is what two CPU cores can do in half an hour: the same algorithm with smaller
 # networks on a shorter schedule. A flag given on the command line overrides either.
 SMALL = dict(
-    epochs=15, collect_epochs=13, collect_steps=400, eval_every=5, eval_games=2, final_games=8,
-    starts=[1, 3, 7], updates=[800, 50, 12], batches=[8, 32, 32], learning_rate=1e-3, revive_codes=100,
-    stem_stride=16, tokenizer_blocks=0, embed_dim=64, sequence_length=10, layers=4, width=128, dropout=0.0,
-    lstm_size=256, burn_in=10, horizon=10)
+    epochs=15, collect_epochs=14, collect_steps=400, eval_every=6, eval_games=2, final_games=8,
+    starts=[1, 9, 12], tokenizer_stop=8, updates=[1000, 100, 12], batches=[8, 32, 32], learning_rate=1e-3,
+    revive_codes=100, stem_stride=16, tokenizer_blocks=0, embed_dim=64, sequence_length=10, layers=4, width=128,
+    dropout=0.0, lstm_size=256, burn_in=10, horizon=10)
 FREE_ON_RESUME = {"resume", "device", "mixed_precision", "parallel_games", "run_dir"}  # may change within a run
 MAY_BE_ZERO = {"seed", "revive_codes", "tokenizer_blocks", "epsilon", "dropout", "gamma", "td_lambda", "entropy_coef"}
 AT_MOST_ONE = {"epsilon", "dropout", "gamma", "td_lambda"}
-
 
 def parse_args(argv=None):
     """Flags -> namespace. Bad values end the program with one line on stderr and exit code 2."""
@@ -96,6 +94,7 @@ def parse_args(argv=None):
     plan.add_argument("--collect-epochs", type=int, default=500, help="epochs that collect; 500 x 200 is Atari 100k")
     plan.add_argument("--collect-steps", type=int, default=200, help="real steps of such an epoch")
     plan.add_argument("--starts", **three, default=[6, 26, 51], help="first epochs that train them")
+    plan.add_argument("--tokenizer-stop", type=int, default=600, help="last epoch that trains it; then words are fixed")
     plan.add_argument("--updates", **three, default=[200, 200, 200], help="updates of each an epoch")
     plan.add_argument("--batches", **three, default=[256, 64, 64], help="frames, segments, dreams in an update")
     plan.add_argument("--learning-rate", type=float, default=1e-4, help="of Adam, for all three")
@@ -113,7 +112,7 @@ def parse_args(argv=None):
     tok.add_argument("--embed-dim", type=int, default=512, help="E: dimensions of a code")
     tok.add_argument("--tokenizer-channels", type=int, default=64, help="C, a multiple of 32")
     tok.add_argument("--tokenizer-blocks", type=int, default=2, help="residual blocks a resolution; decoder: 1 more")
-    tok.add_argument("--stem-stride", type=int, choices=(1, 2, 4, 8, 16), default=1, help="above 1: no layers at full size")
+    tok.add_argument("--stem-stride", type=int, choices=(1, 2, 4, 8, 16), default=1, help="above 1: cheaper, coarser")
     tok.add_argument("--perceptual-loss", choices=("auto", "lpips", "none"), default="auto",
                      help="lpips is the paper's and fetches weights once; auto: none where they cannot be had")
     tok.add_argument("--reconstruction-loss", choices=("auto", "l1", "l2"), default="auto",
@@ -139,9 +138,9 @@ def parse_args(argv=None):
         config = read_config(Path(args.resume))
         parser.set_defaults(**config)
         args = parser.parse_args(argv)  # again, with the run's own flags as defaults
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    device = next(name for name in there if there[name]) if args.device == "auto" else args.device
-    if not there[device]:
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = best if args.device == "auto" else args.device
+    if device not in (best, "cpu"):
         parser.error(f"--device {device}: this machine, or this build of torch, has none; auto finds the best there is")
     if args.preset == "auto":
         args.preset = "small" if device == "cpu" else "paper"
@@ -173,16 +172,15 @@ def parse_args(argv=None):
             parser.error(message)
     return args
 
-
 def read_config(folder):
     """A run folder's config.json -> its flags. InputError if there is none that this program wrote."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} is not a run folder: config.json is missing or damaged ({error})") from None
-    if not isinstance(config, dict) or not SMALL.keys() <= config.keys():
-        raise InputError(f"{folder}: config.json is not of this program, or of another version of it")
-    return config
+    if isinstance(config, dict) and SMALL.keys() <= config.keys():
+        return config
+    raise InputError(f"{folder}: config.json is not of this program, or of another version of it")
 
 
 # ---- 2. Environment: real Atari frames, two hours of them ------------------------------------------------------------
@@ -201,7 +199,6 @@ def make_env(env_id, num_envs=1, training=True):
             max_num_frames_per_episode=20_000 if training else 108_000)
     except gym.error.Error as error:
         raise InputError(f"--env {env_id}: {error}") from None
-
 
 class Game:
     """Real games, one after another, played across epochs and across restarts of the program."""
@@ -248,15 +245,13 @@ class Replay(nn.Module):
     # so this is computed once an epoch, where a plain loop encodes the frames of every batch again.
     def __init__(self, capacity, tokens_per_frame, dtype):
         super().__init__()
-        def column(name, *shape, dtype=torch.long, kept=True):
-            self.register_buffer(name, torch.zeros(capacity, *shape, dtype=dtype), persistent=kept)
-        column("frames", 64, 64, 3, dtype=torch.uint8, kept=False)  # Training.save appends them to a file of their own
-        column("actions")
-        column("rewards", dtype=torch.float)
-        column("ends")
-        column("starts")  # first step of each episode
-        column("tokens", tokens_per_frame, kept=False)
-        column("reconstructions", 3, 64, 64, dtype=dtype, kept=False)  # all that the policy ever sees of a frame
+        for name, shape, kind, kept in (
+                ("frames", (64, 64, 3), torch.uint8, False),  # kept by Training.save in a file of their own
+                ("actions", (), torch.long, True), ("rewards", (), torch.float, True), ("ends", (), torch.long, True),
+                ("starts", (), torch.long, True),  # the first step of each episode
+                ("tokens", (tokens_per_frame,), torch.long, False),
+                ("reconstructions", (3, 64, 64), dtype, False)):  # all that the policy ever sees of a frame
+            self.register_buffer(name, torch.zeros(capacity, *shape, dtype=kind), persistent=kept)
         self.size, self.episodes = 0, 0
 
     def add(self, frame, action, reward, end, first):
@@ -284,7 +279,6 @@ class Replay(nn.Module):
         valid = (position >= 0) & (position < length[:, None])
         return start[:, None] + position.clamp(min=0).minimum(length[:, None] - 1), valid
 
-
 def to_network(frames):
     """uint8 frames (..., 64, 64, 3) -> float (..., 3, 64, 64) in [-1, 1]."""
     return frames.movedim(-1, -3).float() / 127.5 - 1
@@ -302,7 +296,6 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         return x + self.conv2(F.silu(self.norm2(h)))
 
-
 class SpatialAttention(nn.Module):
     """Single-head self-attention between the h x w places; (B, C, h, w) -> the same."""
     def __init__(self, channels):
@@ -315,7 +308,6 @@ class SpatialAttention(nn.Module):
         q, k, v = qkv[:, None].chunk(3, dim=-1)  # each (B, 1, h w, C): one head
         y = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(C)) v
         return x + self.out(y[:, 0].transpose(1, 2).reshape(x.shape))
-
 
 class Tokenizer(nn.Module):
     """Discrete autoencoder: frames (N, 3, 64, 64) in [-1, 1] <-> tokens (N, K), a g x g grid read row by row."""
@@ -392,7 +384,6 @@ class Tokenizer(nn.Module):
                        commitment_loss=commitment, perceptual_loss=detail)
         return loss, {name: value.detach() for name, value in metrics.items()}, z
 
-
 class LPIPS(nn.Module):
     """Perceptual distance: how differently a trained VGG16 sees two images (Zhang et al. 2018). Never trained here."""
     LAYERS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
@@ -422,10 +413,8 @@ class LPIPS(nn.Module):
                 distance = distance + self.heads[self.LAYERS.index(i)]((a - b).square()).mean((1, 2, 3))
         return distance
 
-
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 HEADS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
-
 
 def load_lpips():
     """LPIPS with its published weights, from torch hub's cache or fetched into it. InputError if they cannot be had."""
@@ -477,7 +466,6 @@ class Block(nn.Module):
         x = x + F.dropout(y, self.dropout, self.training)
         return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
 
-
 class WorldModel(nn.Module):
     """GPT over frame tokens and actions, with heads for the next frame token, the reward and the end."""
     def __init__(self, args, num_actions):
@@ -517,7 +505,7 @@ class WorldModel(nn.Module):
         return self.head_token(speaking).flatten(1, 2), self.head_reward(h[:, :, K]), self.head_end(h[:, :, K])
 
     def loss(self, tokens, actions, rewards, ends, valid):
-        """Segments (B, T, ...), valid (B, T) -> the sum of three cross-entropies (each a mean over the valid), metrics."""
+        """Segments (B, T, ...), valid (B, T) -> the sum of three cross-entropies, means over the valid; metrics."""
         token_logits, reward_logits, end_logits = (logits.float() for logits in self.predict(tokens, actions))
         # The i-th prediction is about the i+1-th frame token of the segment. The very first token is given; the last
         # action predicts a frame that is not in the segment. Targets of -100 are skipped by cross_entropy.
@@ -532,7 +520,6 @@ class WorldModel(nn.Module):
         end_loss = F.cross_entropy(end_logits.flatten(0, 1), ends.masked_fill(~valid, -100).flatten())
         metrics = dict(token_loss=token_loss, reward_loss=reward_loss, end_loss=end_loss)
         return token_loss + reward_loss + end_loss, {name: value.detach() for name, value in metrics.items()}
-
 
 def sample(logits, u, temperature=1.0):
     """Logits (..., n), uniform numbers u (...) in [0, 1) -> classes (...), by inverting the cumulative distribution."""
@@ -594,7 +581,6 @@ class ActorCritic(nn.Module):
                        dream_return=(imagined["rewards"] * alive).sum(1).mean())
         return loss, {name: value.detach() for name, value in metrics.items()}
 
-
 def lambda_returns(rewards, values, ends, gamma, lambda_):
     """Equation 4: rewards and ends (B, H - 1), values (B, H) -> returns (B, H - 1)."""
     # G_t = r_t + gamma (1 - end_t) ((1 - lambda) V_{t+1} + lambda G_{t+1}), from the back; G_{H-1} = V_{H-1}.
@@ -611,8 +597,7 @@ class Agent(nn.Module):
     """The three networks."""
     def __init__(self, args, num_actions):
         super().__init__()
-        self.tokenizer = Tokenizer(args)
-        self.world_model = WorldModel(args, num_actions)
+        self.tokenizer, self.world_model = Tokenizer(args), WorldModel(args, num_actions)
         self.actor_critic = ActorCritic(args, num_actions)
 
     def act(self, frames, u, h, c, temperature):
@@ -620,7 +605,6 @@ class Agent(nn.Module):
         seen = self.tokenizer.draw(self.tokenizer.tokenize(frames))  # the policy knows no other frames
         logits, _, state = self.actor_critic(seen[:, None], (h, c))
         return sample(logits[:, 0], u, temperature), state
-
 
 @torch.no_grad()  # the policy must not reshape its own dream
 def dream(agent, tokens, past_actions, frame, state, u, actions=None):
@@ -640,14 +624,13 @@ def dream(agent, tokens, past_actions, frame, state, u, actions=None):
     caches = block.qkv(last).new_zeros(  # made like keys: in their precision
         len(world_model.blocks), 2, len(tokens), block.heads, positions, D // block.heads)
     world_model(prefix, caches)
-    position = prefix.shape[1]
     dreamt = dict(frames=[frame], tokens=[tokens[:, -1]], actions=[], rewards=[], ends=[])
     for t in range(u.shape[1]):
+        position = prefix.shape[1] + t * (K + 1)
         logits, _, state = agent.actor_critic(frame[:, None], state)
         action = sample(logits[:, 0], u[:, t, 0]) if actions is None else actions[:, t]
         pair = torch.stack([last, world_model.action_embedding(action)], dim=1)  # (B, 2, D)
         h = world_model(pair, caches, position)[:, -1]  # (B, D), at the action
-        position += 2
         dreamt["actions"].append(action)
         reward = world_model.head_reward(h).float()  # (B, 3) logits of the signs, or (B, 1) with mse
         dreamt["rewards"].append(sample(reward, u[:, t, 1]).float() - 1 if reward.shape[1] == 3 else reward[:, 0])
@@ -657,8 +640,7 @@ def dream(agent, tokens, past_actions, frame, state, u, actions=None):
             words.append(sample(world_model.head_token(h), u[:, t, 3 + k]))  # (B,)
             last = world_model.token_embedding(words[-1])
             if k < K - 1:
-                h = world_model(last[:, None], caches, position)[:, 0]
-                position += 1
+                h = world_model(last[:, None], caches, position + 2 + k)[:, 0]
         dreamt["tokens"].append(torch.stack(words, dim=1))
         frame = agent.tokenizer.draw(dreamt["tokens"][-1])
         dreamt["frames"].append(frame)
@@ -671,11 +653,11 @@ OFFICIAL_NAMES = (  # (pattern in our tensor names, what the authors' names have
     (r"coder\.mid_", "coder.mid."), (r"sample\.1", "sample.conv"), (r"..coder\.(p\w+)_quant", r"\1_quant_conv"),
     (r"tokenizer\.codebook", "tokenizer.embedding"), (r"(tokenizer.*)\.out\.", r"\1.proj_out."),
     (r"world_model\.(blocks|norm)", r"world_model.transformer.\1"), (r"transformer\.norm", "transformer.ln_f"),
-    (r"(blocks\.\d+)\.norm", r"\1.ln"), (r"(blocks\.\d+)\.(proj|qkv)", r"\1.attn.\2"), ("position_embedding", "pos_emb"),
+    (r"(blocks\.\d+)\.norm", r"\1.ln"), (r"(blocks\.\d+)\.(proj|qkv)", r"\1.attn.\2"),
     ("action_embedding", "embedder.embedding_tables.0"), ("token_embedding", "embedder.embedding_tables.1"),
-    (r"head_token", "head_observations.head_module"), (r"head_(reward|end)\.", r"head_\1s.head_module."),
-    (r"\.(actor|critic)\.", r".\1_linear."), (r"cnn\.(\d+)", lambda match: f"conv{int(match[1]) // 3 + 1}"))
-
+    ("position_embedding", "pos_emb"), (r"cnn\.(\d+)", lambda match: f"conv{int(match[1]) // 3 + 1}"),
+    ("head_token", "head_observations.head_module"), (r"head_(reward|end)\.", r"head_\1s.head_module."),
+    (r"\.(actor|critic)\.", r".\1_linear."))
 
 def load_official(agent, state_dict, lpips=None):
     """Puts one of the authors' agents (<Game>.pt) into ours, its LPIPS into `lpips`. InputError if it does not fit."""
@@ -721,7 +703,6 @@ class CudaGraph:
         self.graph.replay()
         return self.outputs
 
-
 def fast(function, args):
     """A function of tensors of fixed shapes, in mixed precision, without gradient and, on a GPU, as a CUDA graph."""
     def run(*inputs):
@@ -730,38 +711,32 @@ def fast(function, args):
             return function(*inputs)
     return CudaGraph(run) if args.device == "cuda" else run
 
-
 def evaluate(agent, args, games, record=400):
     """Plays whole real games, dreaming of nothing -> returns (games,), and up to `record` steps of the first game."""
     # Every game has its own seed for the emulator and its own stream of random numbers for the policy, and every game
     # counts. So the result depends neither on how many are played side by side nor on which of them end first.
-    slots, device, seed = min(games, args.parallel_games), torch.device(args.device), args.seed * 100_000 + 50_000
-    env = make_env(args.env, slots, training=False)
-    act = fast(partial(agent.act, temperature=args.eval_temperature), args)
-    streams = [np.random.default_rng([seed, game]) for game in range(games)]
-    playing, upcoming = np.arange(slots), iter(range(slots, games))  # playing: the game in each slot, -1 for none
-    returns, recording = np.zeros(games), []
-    frames, _ = env.reset(seed=seed + playing)
-    state = agent.actor_critic.initial_state(slots)
-    while (playing >= 0).any():
-        u = torch.tensor([streams[game].random() if game >= 0 else 0.0 for game in playing], dtype=torch.float32)
-        actions, state = act(torch.from_numpy(frames[:, 0]).to(device), u.to(device), *state)
-        taken, before = actions.cpu().numpy(), frames
-        frames, rewards, terminated, truncated, _ = env.step(taken)
-        if playing[0] == 0 and len(recording) < record:
-            recording.append((before[0, 0], taken[0], rewards[0], terminated[0]))
-        for slot in np.flatnonzero(playing >= 0):
-            returns[playing[slot]] += rewards[slot]
-            if terminated[slot] or truncated[slot]:
-                playing[slot] = next(upcoming, -1)
-                if playing[slot] >= 0:
-                    chosen = np.arange(slots) == slot
-                    frames, _ = env.reset(seed=seed + playing[[slot]], options=dict(reset_mask=chosen))
-                    state = tuple(part * torch.from_numpy(~chosen).to(device)[:, None] for part in state)
-    env.close()
+    device, seed, returns, recording = torch.device(args.device), args.seed * 100_000 + 50_000, [], []
+    for first in range(0, games, args.parallel_games):
+        numbers = range(first, min(first + args.parallel_games, games))
+        env = make_env(args.env, len(numbers), training=False)
+        act = fast(partial(agent.act, temperature=args.eval_temperature), args)
+        streams = [np.random.default_rng([args.seed, number]) for number in numbers]
+        frames, _ = env.reset(seed=seed + np.array(numbers))
+        state = agent.actor_critic.initial_state(len(numbers))
+        scores, playing = np.zeros(len(numbers)), np.ones(len(numbers), bool)
+        while playing.any():
+            u = torch.tensor([stream.random() for stream in streams], dtype=torch.float32, device=device)
+            actions, state = act(torch.from_numpy(frames[:, 0]).to(device), u, *state)
+            taken, before = actions.cpu().numpy(), frames
+            frames, rewards, terminated, truncated, _ = env.step(taken)
+            scores += rewards * playing  # a game that is over waits for the others; what its slot does is ignored
+            if first == 0 and playing[0] and len(recording) < record:
+                recording.append((before[0, 0], taken[0], rewards[0], terminated[0]))
+            playing = playing & ~(terminated | truncated)
+        env.close()
+        returns.extend(scores)
     columns = (torch.from_numpy(np.stack(column)).to(device) for column in zip(*recording))
-    return returns, dict(zip(("frames", "actions", "rewards", "ends"), columns))
-
+    return np.array(returns), dict(zip(("frames", "actions", "rewards", "ends"), columns))
 
 @torch.no_grad()
 def held_out_metrics(agent, recording, T):
@@ -784,11 +759,9 @@ def held_out_metrics(agent, recording, T):
         token_accuracy=(logits.argmax(-1).flatten() == targets).float().mean(), copy_accuracy=copied)
     return {name: float(value) for name, value in metrics.items()}
 
-
 def to_pixels(frames):
     """Frames (..., 3, 64, 64) in [-1, 1] -> (..., 64, 64, 3) uint8 in numpy."""
     return ((frames.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).cpu().numpy()
-
 
 def draw_rows(path, rows, scale=3):
     """Writes [(label, frames (n, 64, 64, 3) uint8)] as a PNG: a labelled row each, pixels enlarged as they are."""
@@ -800,7 +773,6 @@ def draw_rows(path, rows, scale=3):
         lines += [np.concatenate([margin, strip], axis=1), np.full((4, 130 + strip.shape[1], 3), 24, np.uint8)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, cv2.imencode(".png", cv2.cvtColor(np.concatenate(lines), cv2.COLOR_RGB2BGR))[1])
-
 
 @torch.no_grad()
 def write_pictures(agent, args, recording, folder):
@@ -823,7 +795,6 @@ def write_pictures(agent, args, recording, folder):
 # ---- 10. Training: collect, then train the three parts, six hundred times --------------------------------------------
 FRAME_BYTES = 64 * 64 * 3
 
-
 def write_atomically(path, data):
     """All of the bytes or none: no reader, and no power cut, ever meets half a file."""
     temporary = path.with_name(path.name + ".tmp")
@@ -832,7 +803,6 @@ def write_atomically(path, data):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
 
 class Training:
     """All that a run consists of. The phases of an epoch are methods that return metrics; train() is the schedule."""
@@ -1003,9 +973,8 @@ class Training:
         if not path.exists():
             return
         state = read_checkpoint(path, self.device)
-        for name in state["args"].keys() - FREE_ON_RESUME:
-            if state["args"][name] != getattr(self.args, name):
-                raise InputError(f"{path} was written with another --{name.replace('_', '-')} than config.json says")
+        if any(state["args"].get(name) != vars(self.args)[name] for name in vars(self.args).keys() - FREE_ON_RESUME):
+            raise InputError(f"{path} was written with other flags than those of config.json")
         size = self.frames_saved = self.replay.size = state["size"]
         if not frames.exists() or frames.stat().st_size < size * FRAME_BYTES:
             raise InputError(f"{frames} is missing or too short for the {size} steps of the checkpoint: it is damaged")
@@ -1020,7 +989,6 @@ class Training:
         if len(state["gpu_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([rng.cpu() for rng in state["gpu_rng"]])
 
-
 def read_checkpoint(path, device):
     """checkpoint.pt -> its contents, without running code from it; InputError if it is missing or not whole."""
     try:
@@ -1030,7 +998,6 @@ def read_checkpoint(path, device):
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # zipfile, pickle and torch have their own errors for a damaged file
         raise InputError(f"{path} is missing or damaged ({type(error).__name__}): nothing to go on from") from None
-
 
 def train(args, folder):
     """The whole run: the phases of every epoch in order, a checkpoint after each epoch, the final evaluation."""
@@ -1043,6 +1010,7 @@ def train(args, folder):
     while run.epoch < args.epochs:
         run.epoch += 1
         tokenizing, modelling, dreaming = (run.epoch >= start for start in args.starts)
+        tokenizing = tokenizing and run.epoch <= args.tokenizer_stop
         row, begun = dict(epoch=run.epoch), time.time()
         for phase, due in ((run.collect, run.epoch <= args.collect_epochs), (run.train_tokenizer, tokenizing),
                            (run.tokenize_replay, modelling), (run.train_world_model, modelling),
@@ -1097,12 +1065,9 @@ def new_run(args):
     write_atomically(folder / "config.json", json.dumps(vars(args), indent=1).encode())
     return folder
 
-
 def main(argv=None):
     """Command line -> exit code: 0 done, 1 training diverged, 2 bad input, 130 stopped."""
-    def stop(*_):
-        raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, stop)  # as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     folder = None
     try:
         args = parse_args(argv)
@@ -1121,7 +1086,6 @@ def main(argv=None):
         message, code = f"stopped; go on with python iris.py --resume {folder}" if folder else "stopped", 130
     print(f"iris.py: {' '.join(message.split())}", file=sys.stderr)
     return code
-
 
 if __name__ == "__main__":
     sys.exit(main())
