@@ -1079,7 +1079,8 @@ def main(argv=None):
     except InputError as error:
         message, code = str(error), 2
     except OSError as error:  # no such place, no right to write there, disk full
-        message, code = f"{error.filename or folder}: {error.strerror or error}", 2
+        message = f"{error.filename or folder}: {error.strerror or error}"
+        message, code = message + (f"; once mended, go on with --resume {folder}" if folder else ""), 2
     except FloatingPointError as error:
         message, code = str(error), 1
     except KeyboardInterrupt:

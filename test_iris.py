@@ -2,8 +2,11 @@
 """Tests of iris.py, each against something that iris.py did not compute: numbers from the authors' code, a naive loop,
 a brute force, the bare emulator, a killed process.
 
-    python -m pytest test_iris.py          some minutes on two cores; needs neither a GPU nor a network
+    python -m pytest test_iris.py              some minutes on two cores; needs neither a GPU nor a network
+    python test_iris.py --benchmark --compare  speed, and how it compares with the plain data flow
+    python test_iris.py --kills 20             a run killed twenty times, against one that was not
 """
+import argparse
 import base64
 import csv
 import itertools
@@ -16,9 +19,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import zlib
+from pathlib import Path
 
 import ale_py
 import cv2
@@ -701,7 +706,7 @@ def test_actor_critic_loss():
             value, entropy, steps = value + gain ** 2, entropy - (log_p.exp() * log_p).sum(), steps + 1
     assert steps == 4 + 2 + 1 + 4
     terms = [metrics[name] for name in ("policy_loss", "value_loss", "entropy")]
-    close(terms, [policy / steps, value / steps, entropy / steps], 1e-4)
+    close(terms, [term.item() / steps for term in (policy, value, entropy)], 1e-4)
     expected = (policy + value - args.entropy_coef * entropy) / steps
     close(loss, expected, 1e-4)
     expected.backward()  # onto the gradients that are there, which doubles them
@@ -845,6 +850,8 @@ def test_killed_and_resumed(whole_run, killed_run, tmp_path):
     bit of weights, optimisers, replay and metrics."""
     folder = shutil.copytree(killed_run, tmp_path / "run")
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] in (2, 3)
+    with open(folder / "frames.bin", "ab") as file:
+        file.write(bytes(5 * 64 * 64 * 3))  # what a kill leaves that falls between the writing of the two files
     assert finish("--resume", folder).returncode == 0
     assert read_run(folder) == read_run(whole_run)
 
@@ -950,8 +957,8 @@ def edit(path, change):
     (shutil.rmtree, "", "config.json"),
     (lambda run: (run / "config.json").unlink(), "", "config.json"),
     (lambda run: edit(run / "config.json", lambda x, n: x[:n]), "", "config.json"),
-    (lambda run: edit(run / "config.json", lambda x, _: x.replace(b'"gamma": 0.9', b'"gamma": 0.8')), "", "checkpoint.pt"),
-    (lambda run: edit(run / "config.json", lambda x, _: x.replace(b'"layers": 1', b'"layers": 2')), "", "checkpoint.pt"),
+    (lambda run: edit(run / "config.json", lambda x, n: x.replace(b'"gamma": 0.9', b'"gamma": 0.8')), "", "flags"),
+    (lambda run: edit(run / "config.json", lambda x, n: x.replace(b'"layers": 1', b'"layers": 2')), "", "flags"),
     (lambda run: None, "--layers 3", "--layers is 1"),
     (lambda run: edit(run / "checkpoint.pt", lambda x, n: x[:n] + bytes(9) + x[n + 9:]), "", "damaged"),
     (lambda run: edit(run / "checkpoint.pt", lambda x, n: x[:n]), "", "checkpoint.pt"),
@@ -968,3 +975,171 @@ def test_resume_refused(whole_run, tmp_path, capfd, break_it, flags, saying):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     refused(capfd, ["--resume", folder, *flags.split()], saying)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+# ---- Benchmark: python test_iris.py --benchmark [--compare] ----------------------------------------------------------
+# Speed is measured here and asserted nowhere: machines differ and are shared. The plain data flow is what one writes
+# first: float32, frames encoded again for every batch, the policy stepped inside the dream with its gradient.
+class Plain:
+    """The updates of IRIS in the plain data flow, on a Training's networks and replay, with optimisers of its own."""
+
+    def __init__(self, run):
+        self.run, self.args, self.agent = run, run.args, run.agent.to(memory_format=torch.contiguous_format)
+        self.optimizers = {part: torch.optim.Adam(net.parameters(), 1e-4) for part, net in run.agent.named_children()}
+
+    def step(self, part, loss):
+        self.optimizers[part].zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(getattr(self.agent, part).parameters(), 10.0)
+        self.optimizers[part].step()
+
+    def tokenizer(self):
+        index, _ = self.run.replay.sample(self.args.batches[0], 1, "start")
+        x = iris.to_network(self.run.replay.frames[index[:, 0]]).contiguous()
+        self.step("tokenizer", self.agent.tokenizer.loss(x, self.run.perceptual, self.args.reconstruction_loss)[0])
+
+    def world_model(self):
+        replay = self.run.replay
+        index, valid = replay.sample(self.args.batches[1], self.args.sequence_length, "start")
+        with torch.no_grad():
+            x = iris.to_network(replay.frames[index.flatten()]).contiguous()
+            tokens = self.agent.tokenizer.quantize(self.agent.tokenizer.encoder(x)).unflatten(0, index.shape)
+        self.agent.world_model.train()
+        self.step("world_model", self.agent.world_model.loss(
+            tokens, replay.actions[index], replay.rewards[index], replay.ends[index], valid)[0])
+        self.agent.world_model.eval()
+
+    def actor_critic(self):
+        """Dreams as in iris.dream, but with gradient, one position at a time and from frames encoded on the spot."""
+        args, (tokenizer, world_model, policy) = self.args, self.agent.children()
+        K, H, B = args.tokens_per_frame, args.horizon, args.batches[2]
+        index, valid = self.run.replay.sample(B, args.burn_in + 1, "stop")
+        with torch.no_grad():
+            x = iris.to_network(self.run.replay.frames[index.flatten()]).contiguous()
+            tokens = tokenizer.quantize(tokenizer.encoder(x))
+            seen = tokenizer.draw(tokens).unflatten(0, index.shape)
+            *_, state = policy(seen[:, :-1], policy.initial_state(B), valid[:, :-1])
+            tokens, frame = tokens.unflatten(0, index.shape)[:, -1], seen[:, -1]
+            positions, size = args.sequence_length * (K + 1), args.width // args.heads
+            caches = torch.zeros(args.layers, 2, B, args.heads, positions, size, device=frame.device)
+            world_model(world_model.token_embedding(tokens), caches)
+        logits, values, actions, rewards, ends, position = [], [], [], [], [], K
+        for t in range(H):
+            policy_logits, value, state = policy(frame[:, None], state)
+            logits.append(policy_logits[:, 0])
+            values.append(value[:, 0])
+            if t == H - 1:
+                break
+            with torch.no_grad():
+                actions.append(torch.distributions.Categorical(logits=logits[-1]).sample())
+                h = world_model(world_model.action_embedding(actions[-1])[:, None], caches, position)[:, 0]
+                rewards.append(torch.distributions.Categorical(logits=world_model.head_reward(h)).sample() - 1.0)
+                ends.append(torch.distributions.Categorical(logits=world_model.head_end(h)).sample().float())
+                position, words = position + 1, []
+                for _ in range(K):
+                    words.append(torch.distributions.Categorical(logits=world_model.head_token(h)).sample())
+                    h = world_model(world_model.token_embedding(words[-1])[:, None], caches, position)[:, 0]
+                    position += 1
+                frame = tokenizer.draw(torch.stack(words, 1))
+        logits, values, actions, rewards, ends = (torch.stack(x, 1) for x in (logits, values, actions, rewards, ends))
+        returns = iris.lambda_returns(rewards, values.detach(), ends, args.gamma, args.td_lambda)
+        policy_now = torch.distributions.Categorical(logits=logits[:, :-1])
+        advantage = returns - values[:, :-1]
+        self.step("actor_critic", -(policy_now.log_prob(actions) * advantage.detach()).mean()
+                  + advantage.square().mean() - args.entropy_coef * policy_now.entropy().mean())
+
+
+def benchmark(argv):
+    """Times the phases of an epoch on real frames, and with --compare the plain data flow beside them."""
+    parser = argparse.ArgumentParser(description=benchmark.__doc__, allow_abbrev=False)
+    parser.add_argument("--benchmark", action="store_true")
+    parser.add_argument("--compare", action="store_true", help="the plain data flow too, in the same process")
+    parser.add_argument("--only", choices=("plain", "ours"), help="one data flow alone, for its peak memory")
+    parser.add_argument("--frames", type=int, default=2000, help="real steps in the replay")
+    parser.add_argument("--measured-updates", type=int, default=3, help="updates in one measurement")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the median counts")
+    options, flags = parser.parse_known_args(argv)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # the tests above want one
+    args = iris.parse_args([*flags, "--perceptual-loss", "none", "--reconstruction-loss", "l1"])
+    plan, n, gpu = types.SimpleNamespace(**vars(args)), options.measured_updates, args.device == "cuda"
+    args.updates, args.collect_epochs, args.collect_steps = [n] * 3, options.frames, 1
+    run = iris.Training(args, Path(tempfile.mkdtemp()))
+    rng = np.random.default_rng(0)
+    while run.replay.size < options.frames:
+        frame, first, action = run.game.frame, run.game.first, int(rng.integers(run.game.num_actions))
+        reward, end, _ = run.game.step(action)
+        run.replay.add(frame, action, reward, end, first)
+    run.epoch = args.epochs  # an epoch in which everything is due
+
+    def median_seconds(work):
+        times = []
+        for repeat in range(options.repeats + 1):  # the first warms up: allocators, autotuning, CUDA graphs
+            if gpu:
+                torch.cuda.synchronize()
+            begun = time.perf_counter()
+            work()
+            if gpu:
+                torch.cuda.synchronize()
+            times += [time.perf_counter() - begun] if repeat else []
+        return float(np.median(times))
+
+    def collect():
+        args.collect_steps, run.replay.size = 20, run.replay.size - 20  # in the place of the last ones
+        run.collect()
+
+    ours, plain = {}, {}
+    print(f"{args.env}, {args.preset} preset, {args.device}, {torch.get_num_threads()} threads, "
+          f"{'bfloat16' if args.mixed_precision else 'float32'}, batches {args.batches}, {run.replay.size} real steps")
+    if options.only != "plain":
+        ours["replay, a frame"] = median_seconds(run.tokenize_replay) / run.replay.size
+        ours["tokenizer, an update"] = median_seconds(run.train_tokenizer) / n
+        ours["world model, an update"] = median_seconds(run.train_world_model) / n
+        ours["actor-critic, an update"] = median_seconds(run.train_actor_critic) / n
+        ours["collection, a step"] = median_seconds(collect) / 20
+    if options.compare or options.only == "plain":
+        flow = Plain(run)
+        plain["tokenizer, an update"] = median_seconds(flow.tokenizer)
+        plain["world model, an update"] = median_seconds(flow.world_model)
+        plain["actor-critic, an update"] = median_seconds(flow.actor_critic)
+    for label in ours or plain:
+        print(f"  {label:24}" + "".join(f"{name} {times[label] * 1e3:10.2f} ms   " for name, times in (
+            ("ours", ours), ("plain", plain)) if label in times)
+            + (f"{plain[label] / ours[label]:6.2f} times as fast" if label in plain and label in ours else ""))
+    if ours:
+        seconds = 0.0
+        for epoch in range(1, plan.epochs + 1):
+            real = min(epoch, plan.collect_epochs) * plan.collect_steps
+            tokenizing, modelling, dreaming = (epoch >= start for start in plan.starts)
+            seconds += ours["collection, a step"] * plan.collect_steps * (epoch <= plan.collect_epochs)
+            seconds += ours["tokenizer, an update"] * plan.updates[0] * (tokenizing and epoch <= plan.tokenizer_stop)
+            seconds += ours["replay, a frame"] * real * modelling
+            seconds += ours["world model, an update"] * plan.updates[1] * modelling
+            seconds += ours["actor-critic, an update"] * plan.updates[2] * dreaming
+        print(f"  a whole run, evaluations and LPIPS aside: {seconds / 3600:.1f} hours")
+    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"  peak memory {peak / 1e9:.2f} GB")
+
+
+def kill_and_resume(argv):
+    """Kills a run at random moments, resumes it each time, and compares what it leaves with an undisturbed run."""
+    kills, flags = int(argv[argv.index("--kills") + 1]), [*SCHEDULE, "--epochs", "120", "--eval-every", "30"]
+    folders = [Path(tempfile.mkdtemp()) for _ in range(2)]
+    assert finish(*flags, "--run-dir", folders[0]).returncode == 0
+    for kill in range(kills + 1):
+        start = ["--resume", next(folders[1].iterdir())] if kill else [*flags, "--run-dir", folders[1]]
+        with subprocess.Popen(command(*start), stdout=subprocess.DEVNULL) as process:
+            if kill < kills:
+                while not list(folders[1].glob("*/config.json")):  # before there is a run there is none to resume
+                    time.sleep(0.01)
+                time.sleep(random.uniform(2, 9))
+                assert process.poll() is None, "the run ended before it could be killed"
+                process.kill()
+        epochs = len(next(folders[1].iterdir()).joinpath("metrics.csv").read_text().splitlines()) - 1
+        print(f"  {'killed' if kill < kills else 'ended'} with {epochs} whole epochs", flush=True)
+    equal = read_run(next(folders[0].iterdir())) == read_run(next(folders[1].iterdir()))
+    print(f"{kills} kills, {kills} resumes: the run {'equals' if equal else 'DIFFERS FROM'} the one never stopped")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(kill_and_resume(sys.argv) if "--kills" in sys.argv else benchmark(sys.argv[1:]))
