@@ -77,11 +77,13 @@ def parse_args(argv=None):
             self.exit(2, f"iris.py: {message} (see python iris.py --help)\n")
 
     parser = Parser(prog="iris.py", description="IRIS: Atari learned inside a world model.", allow_abbrev=False,
-                    formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, 34, width=118))
+                    formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(
+                        prog, max_help_position=34, width=118))
     switch, three = argparse.BooleanOptionalAction, dict(type=int, nargs=3, metavar=("TOK", "WM", "AC"))
     run = parser.add_argument_group("run")
     run.add_argument("--env", default="Pong", help="game: Pong, or ALE/Pong-v5")
-    run.add_argument("--preset", default="auto", choices=("auto", "paper", "small"), help="auto: paper needs a GPU")
+    run.add_argument("--preset", default="auto", choices=("auto", "paper", "small"),
+                     help="paper: all of its numbers; small: for two CPU cores; auto: paper if there is a GPU")
     run.add_argument("--exp-name", default="iris", help="goes into the run's name")
     run.add_argument("--seed", type=int, default=1, help="of networks, sampling and games")
     run.add_argument("--run-dir", default="runs", help="folder for the folders of runs")
@@ -218,15 +220,15 @@ class Game:
         """-> reward, end (running out of time is none), and the game's score if it is over, else None."""
         self.actions.append(action)
         frames, rewards, terminated, truncated, info = self.env.step(np.array([action]))
-        self.frame, self.first, score = frames[0, 0], bool(terminated[0] or truncated[0]), None
-        self.score += float(rewards[0])
+        reward, self.first, score = float(rewards[0]), bool(terminated[0] or truncated[0]), None
         if self.first:  # one no-op shows whether the game goes on with the next life, or another has begun
-            frames, *_, after = self.env.step(np.array([0]))
-            self.frame = frames[0, 0]
-            if after["episode_frame_number"][0] < info["episode_frame_number"][0]:
-                score = self.score
-                self.begin(self.number + 1)
-        return float(rewards[0]), bool(terminated[0]), score
+            frames, rewards, *_, after = self.env.step(np.array([0]))
+            reward += float(rewards[0])
+        self.frame, self.score = frames[0, 0], self.score + reward
+        if self.first and after["episode_frame_number"][0] < info["episode_frame_number"][0]:
+            score = self.score
+            self.begin(self.number + 1)
+        return reward, bool(terminated[0]), score
 
     def state_dict(self):
         return dict(number=self.number, actions=self.actions)
@@ -526,7 +528,7 @@ def sample(logits, u, temperature=1.0):
     # One given number a draw: whatever samples is a plain function of its inputs, so a dream can be repeated, compared
     # with a slower implementation, and recorded as a CUDA graph.
     cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
-    return (cumulative <= u[..., None]).sum(-1).clamp(max=logits.shape[-1] - 1)  # clamp: the sum may round to below 1
+    return (cumulative <= u[..., None] * cumulative[..., -1:]).sum(-1)  # the last sum is 1 only up to rounding
 
 
 # ---- 6. Actor-critic: learns in dreams, plays for real (section 2.3, appendices A.3 and B) ---------------------------
@@ -855,7 +857,7 @@ class Training:
                 loss, metrics = update(i)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 10.0)
+            metrics[f"{part}_grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), 10.0)
             optimizer.step()  # of this network only: the policy must not reshape the world that it dreams
             history.append(metrics)
         # Only here does Python wait for the GPU; until now it was free to run ahead and keep it busy.
@@ -876,7 +878,8 @@ class Training:
                 if (i + 1) % args.revive_codes == 0:  # preferring latents that are far from every code
                     latents = z.detach().float().flatten(2).transpose(1, 2).flatten(0, 1)  # (N K, E)
                     distance = (latents - codes[tokens.flatten()].detach()).square().sum(1)
-                    picked = latents[torch.multinomial(distance + 1e-12, len(codes), replacement=True)]
+                    weight = distance.nan_to_num(0, 1, 0).clamp(1e-12, 1e30)  # if it diverges, the loss shall say so
+                    picked = latents[torch.multinomial(weight, len(codes), replacement=True)]
                     codes.data.copy_(torch.where(uses[:, None] == 0, picked, codes.data))
                     uses.zero_()
             return loss, metrics
@@ -956,6 +959,9 @@ class Training:
             file.write(self.replay.frames[self.frames_saved:self.replay.size].cpu().numpy().tobytes())
             file.flush()
             os.fsync(file.fileno())
+        columns = list(dict.fromkeys(name for row in self.history for name in row))
+        lines = [",".join(columns)] + [",".join(str(row.get(name, "")) for name in columns) for row in self.history]
+        write_atomically(self.folder / "metrics.csv", ("\n".join(lines) + "\n").encode())
         self.frames_saved, buffer = self.replay.size, io.BytesIO()
         torch.save(dict(
             args=vars(self.args), epoch=self.epoch, history=self.history, agent=self.agent.state_dict(),
@@ -963,9 +969,6 @@ class Training:
             replay=self.replay.state_dict(), size=self.replay.size, episodes=self.replay.episodes,
             game=self.game.state_dict(), rng=torch.get_rng_state(), gpu_rng=torch.cuda.get_rng_state_all()), buffer)
         write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer())
-        columns = list(dict.fromkeys(name for row in self.history for name in row))
-        lines = [",".join(columns)] + [",".join(str(row.get(name, "")) for name in columns) for row in self.history]
-        write_atomically(self.folder / "metrics.csv", ("\n".join(lines) + "\n").encode())
 
     def load(self):
         """Continues from checkpoint.pt, if the run got as far as writing one."""
@@ -995,14 +998,16 @@ def read_checkpoint(path, device):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # compares checksums; torch.load itself would take damaged weights
                 raise ValueError("checksums differ")
-        return torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
+        return state if "args" in state else state["args"]  # a KeyError: some other file of torch's
     except Exception as error:  # zipfile, pickle and torch have their own errors for a damaged file
         raise InputError(f"{path} is missing or damaged ({type(error).__name__}): nothing to go on from") from None
 
 def train(args, folder):
     """The whole run: the phases of every epoch in order, a checkpoint after each epoch, the final evaluation."""
-    run, board = Training(args, folder), SummaryWriter(folder) if SummaryWriter else None
+    run = Training(args, folder)
     run.load()
+    board = SummaryWriter(folder) if SummaryWriter else None
     parts = ", ".join(f"{part} {sum(p.numel() for p in net.parameters()):,}"
                       for part, net in run.agent.named_children())
     print(f"{folder}: {args.env} on {args.device} in {'bfloat16' if args.mixed_precision else 'float32'}, preset "
