@@ -1131,7 +1131,7 @@ def kill_and_resume(argv):
             if kill < kills:
                 while not list(folders[1].glob("*/config.json")):  # before there is a run there is none to resume
                     time.sleep(0.01)
-                time.sleep(random.uniform(2, 9))
+                time.sleep(random.uniform(2, 16))
                 assert process.poll() is None, "the run ended before it could be killed"
                 process.kill()
         epochs = len(next(folders[1].iterdir()).joinpath("metrics.csv").read_text().splitlines()) - 1
