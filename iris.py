@@ -165,13 +165,14 @@ def parse_args(argv=None):
                 parser.error(f"{flag} {x} is out of range: {'at least' if zero else 'above'} 0{', at most 1' * one}")
         if name in config.keys() - FREE_ON_RESUME and value != config[name]:
             parser.error(f"{flag} is {config[name]} in {args.resume}, and a run goes on as it began")
-    for wrong, message in ((args.horizon > args.sequence_length, "--horizon cannot exceed --sequence-length"),
-                           (args.width % args.heads, "--width must be a multiple of --heads"),
-                           (args.tokenizer_channels % 32, "--tokenizer-channels must be a multiple of 32"),
-                           (args.collect_epochs > args.epochs, "--collect-epochs cannot exceed --epochs"),
-                           (args.starts != sorted(args.starts), "--starts must rise: each part needs the one before")):
+    for wrong, why in ((args.horizon > args.sequence_length, "--horizon cannot exceed --sequence-length"),
+                       (args.width % args.heads, "--width must be a multiple of --heads"),
+                       (args.tokenizer_channels % 32, "--tokenizer-channels must be a multiple of 32"),
+                       (args.stem_stride * args.tokens_per_frame > 512, "64 --tokens-per-frame: --stem-stride up to 8"),
+                       (args.collect_epochs > args.epochs, "--collect-epochs cannot exceed --epochs"),
+                       (args.starts != sorted(args.starts), "--starts must rise: each part needs the one before")):
         if wrong:
-            parser.error(message)
+            parser.error(why)
     return args
 
 def read_config(folder):
@@ -266,12 +267,10 @@ class Replay(nn.Module):
         self.size += 1
 
     def sample(self, batch, steps, align):
-        """Segments of `steps` steps -> index (B, T) into the columns, valid (B, T), false where padded.
-
-        align: "start" draws the first step and pads on the right, "stop" draws the last one and pads on the left.
-        """
+        """Segments of T = `steps` steps -> index (B, T) into the columns, valid (B, T), false where padded."""
         # Episodes are drawn uniformly, not steps: short ones, with their rare ends, come up more often. The running
-        # episode is one of them. Padding repeats the episode's edge; `valid` keeps it out of every loss.
+        # episode is one of them. Then align="start" draws the first step, and pads on the right; "stop" draws the last
+        # one, and pads on the left. Padding repeats the episode's edge; `valid` keeps it out of every loss.
         bounds = torch.cat([self.starts[:self.episodes], self.starts.new_tensor([self.size])])
         episode = torch.randint(self.episodes, (batch,), device=bounds.device)
         start, length = bounds[episode], bounds[episode + 1] - bounds[episode]  # (B,)
@@ -549,10 +548,8 @@ class ActorCritic(nn.Module):
         return (self.actor.weight.new_zeros(batch, self.lstm.hidden_size),) * 2
 
     def forward(self, frames, state, valid=None):
-        """Drawn frames (B, T, 3, 64, 64), memory before them -> logits (B, T, A), values (B, T), memory after them.
-
-        valid (B, T) is false on the left where there is padding, which leaves the memory empty.
-        """
+        """Drawn frames (B, T, 3, 64, 64), memory before them -> logits (B, T, A), values (B, T), memory after them."""
+        # valid (B, T) is false on the left where there is padding, which leaves the memory empty.
         features, h = self.cnn(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]), []  # (B, T, 1024)
         for t in range(frames.shape[1]):
             state = self.lstm(features[:, t], state)
@@ -584,7 +581,7 @@ class ActorCritic(nn.Module):
         return loss, {name: value.detach() for name, value in metrics.items()}
 
 def lambda_returns(rewards, values, ends, gamma, lambda_):
-    """Equation 4: rewards and ends (B, H - 1), values (B, H) -> returns (B, H - 1)."""
+    """Appendix B: rewards and ends (B, H - 1), values (B, H) -> returns (B, H - 1)."""
     # G_t = r_t + gamma (1 - end_t) ((1 - lambda) V_{t+1} + lambda G_{t+1}), from the back; G_{H-1} = V_{H-1}.
     assert rewards.shape == ends.shape == values[:, 1:].shape
     returns, following = torch.empty_like(rewards), values[:, -1]
@@ -959,9 +956,6 @@ class Training:
             file.write(self.replay.frames[self.frames_saved:self.replay.size].cpu().numpy().tobytes())
             file.flush()
             os.fsync(file.fileno())
-        columns = list(dict.fromkeys(name for row in self.history for name in row))
-        lines = [",".join(columns)] + [",".join(str(row.get(name, "")) for name in columns) for row in self.history]
-        write_atomically(self.folder / "metrics.csv", ("\n".join(lines) + "\n").encode())
         self.frames_saved, buffer = self.replay.size, io.BytesIO()
         torch.save(dict(
             args=vars(self.args), epoch=self.epoch, history=self.history, agent=self.agent.state_dict(),
@@ -969,6 +963,13 @@ class Training:
             replay=self.replay.state_dict(), size=self.replay.size, episodes=self.replay.episodes,
             game=self.game.state_dict(), rng=torch.get_rng_state(), gpu_rng=torch.cuda.get_rng_state_all()), buffer)
         write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer())
+        self.write_metrics()
+
+    def write_metrics(self):
+        """metrics.csv, a row an epoch, from the history that the checkpoint holds."""
+        columns = list(dict.fromkeys(name for row in self.history for name in row))
+        lines = [",".join(columns)] + [",".join(str(row.get(name, "")) for name in columns) for row in self.history]
+        write_atomically(self.folder / "metrics.csv", ("\n".join(lines) + "\n").encode())
 
     def load(self):
         """Continues from checkpoint.pt, if the run got as far as writing one."""
@@ -979,16 +980,17 @@ class Training:
         if any(state["args"].get(name) != vars(self.args)[name] for name in vars(self.args).keys() - FREE_ON_RESUME):
             raise InputError(f"{path} was written with other flags than those of config.json")
         size = self.frames_saved = self.replay.size = state["size"]
-        if not frames.exists() or frames.stat().st_size < size * FRAME_BYTES:
-            raise InputError(f"{frames} is missing or too short for the {size} steps of the checkpoint: it is damaged")
-        pixels = np.fromfile(frames, np.uint8, size * FRAME_BYTES).reshape(size, 64, 64, 3)
-        self.replay.frames[:size], self.replay.episodes = torch.from_numpy(pixels), state["episodes"]
+        pixels, self.replay.episodes = np.fromfile(frames, np.uint8, size * FRAME_BYTES), state["episodes"]
+        if pixels.size < size * FRAME_BYTES:
+            raise InputError(f"{frames} is too short for the {size} steps of the checkpoint: it is damaged")
+        self.replay.frames[:size] = torch.from_numpy(pixels.reshape(size, 64, 64, 3))
         for part, module in (("replay", self.replay), ("game", self.game), ("agent", self.agent)):
             module.load_state_dict(state[part])
         for part, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][part])
         self.epoch, self.history = state["epoch"], state["history"]
         torch.set_rng_state(state["rng"].cpu())
+        self.write_metrics()  # a kill may have come between the checkpoint and them
         if len(state["gpu_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([rng.cpu() for rng in state["gpu_rng"]])
 

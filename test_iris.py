@@ -919,7 +919,9 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"  # no machine has both
     ("--env Brekout", ["Brekout", "Breakout"]), ("--collect-steps -5", ["--collect-steps", "-5"]),
     ("--epochs many", ["--epochs", "many"]), ("--gamma nan", ["--gamma", "nan"]), ("--updates 1 0 1", ["--updates"]),
     ("--epsilon 1.5", ["--epsilon", "1.5"]), (f"--device {ABSENT}", ["--device", ABSENT]),
-    ("--horizon 7", ["--horizon", "--sequence-length"]), ("--width 33", ["--width", "--heads"]),
+    ("--horizon 7", ["--horizon", "--sequence-length"]),
+    ("--tokens-per-frame 64 --stem-stride 16", ["--tokens-per-frame", "--stem-stride"]),
+    ("--width 33", ["--width", "--heads"]),
     ("--tokenizer-channels 40", ["--tokenizer-channels", "32"]), ("--starts 3 2 4", ["--starts"]),
     ("--collect-epochs 5", ["--collect-epochs", "--epochs"]), ("--no-such-flag", ["--no-such-flag"]),
     ("--perceptual-loss lpips", ["LPIPS", "vgg16-397923af.pth"])])
@@ -1122,7 +1124,7 @@ def benchmark(argv):
 
 def kill_and_resume(argv):
     """Kills a run at random moments, resumes it each time, and compares what it leaves with an undisturbed run."""
-    kills, flags = int(argv[argv.index("--kills") + 1]), [*SCHEDULE, "--epochs", "120", "--eval-every", "30"]
+    kills, flags = int(argv[argv.index("--kills") + 1]), [*SCHEDULE, "--epochs", "120", "--eval-every", "120"]
     folders = [Path(tempfile.mkdtemp()) for _ in range(2)]
     assert finish(*flags, "--run-dir", folders[0]).returncode == 0
     for kill in range(kills + 1):
