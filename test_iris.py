@@ -1133,10 +1133,11 @@ def kill_and_resume(argv):
             if kill < kills:
                 while not list(folders[1].glob("*/config.json")):  # before there is a run there is none to resume
                     time.sleep(0.01)
-                time.sleep(random.uniform(2, 16))
+                time.sleep(random.uniform(2, 9))
                 assert process.poll() is None, "the run ended before it could be killed"
                 process.kill()
-        epochs = len(next(folders[1].iterdir()).joinpath("metrics.csv").read_text().splitlines()) - 1
+        metrics = next(folders[1].iterdir()) / "metrics.csv"
+        epochs = len(metrics.read_text().splitlines()) - 1 if metrics.exists() else 0
         print(f"  {'killed' if kill < kills else 'ended'} with {epochs} whole epochs", flush=True)
     equal = read_run(next(folders[0].iterdir())) == read_run(next(folders[1].iterdir()))
     print(f"{kills} kills, {kills} resumes: the run {'equals' if equal else 'DIFFERS FROM'} the one never stopped")
