@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -41,9 +42,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 TINY = """--preset small --device cpu --no-mixed-precision --perceptual-loss none --layers 1 --width 32 --heads 2
     --dropout 0.1 --tokenizer-channels 32 --tokenizer-blocks 1 --stem-stride 4 --embed-dim 16 --vocab-size 32
     --lstm-size 16 --sequence-length 6 --horizon 5 --burn-in 4""".split()
-# Four epochs of real Pong: the world model joins in the second, the policy in the third.
-SCHEDULE = TINY + """--env Pong --epochs 4 --collect-epochs 3 --collect-steps 30 --starts 1 2 3 --updates 4 3 3
-    --batches 4 3 3 --revive-codes 3 --eval-every 4 --eval-games 1 --final-games 1""".split()
+# Four epochs of real Pong: the world model joins in the second, the policy in the third. The coarsest tokenizer there
+# is, since whole games are played with it.
+SCHEDULE = TINY + """--stem-stride 16 --tokenizer-blocks 0 --env Pong --epochs 4 --collect-epochs 3 --collect-steps 30
+    --starts 1 2 3 --updates 4 3 3 --batches 4 3 3 --revive-codes 3 --eval-every 4 --eval-games 1
+    --final-games 1""".split()
 
 
 def close(actual, expected, rtol=1e-3, atol=2e-6):
@@ -76,8 +79,8 @@ def fill(name, shape):
     return torch.from_numpy(x.astype(np.float32))
 
 
-def official_shapes():
-    """Every learnable tensor of an authors' checkpoint for a game with 6 actions: name -> shape."""
+def official_shapes(actions=6):
+    """Every learnable tensor of an authors' checkpoint for a game with so many actions: name -> shape."""
     shapes = {}
 
     def layer(name, *shape):
@@ -116,11 +119,11 @@ def official_shapes():
         layer(f"world_model.head_{head}.head_module.0", 256, 256)
         layer(f"world_model.head_{head}.head_module.2", outputs, 256)
     for name, *shape in (("conv1", 32, 3, 3, 3), ("conv2", 32, 32, 3, 3), ("conv3", 64, 32, 3, 3),
-                         ("conv4", 64, 64, 3, 3), ("critic_linear", 1, 512), ("actor_linear", 6, 512)):
+                         ("conv4", 64, 64, 3, 3), ("critic_linear", 1, 512), ("actor_linear", actions, 512)):
         layer(f"actor_critic.{name}", *shape)
     return shapes | {
         "tokenizer.embedding.weight": (512, 512), "world_model.pos_emb.weight": (340, 256),
-        "world_model.embedder.embedding_tables.0.weight": (6, 256),
+        "world_model.embedder.embedding_tables.0.weight": (actions, 256),
         "world_model.embedder.embedding_tables.1.weight": (512, 256),
         "actor_critic.lstm.weight_ih": (2048, 1024), "actor_critic.lstm.weight_hh": (2048, 512),
         "actor_critic.lstm.bias_ih": (2048,), "actor_critic.lstm.bias_hh": (2048,)}
@@ -164,7 +167,9 @@ def official():
 def paper(official):
     """The paper's agent and LPIPS, loaded from that checkpoint, and the two images as (2, 64, 64, 3) bytes."""
     agent, lpips = iris.Agent(iris.parse_args(["--preset", "paper", "--device", "cpu"]), 6).eval(), iris.LPIPS()
-    iris.load_official(agent, official, lpips)
+    agent.load_state_dict(iris.rename_official(official, agent.state_dict()))
+    lpips.load_state_dict({re.sub(r"net\.slice.\.", "features.", re.sub(r"lin(.)\.model\.1", r"heads.\1", name[16:])): x
+                           for name, x in official.items() if re.search(r"\.lpips\.(net|lin)", name)})
     frames = BLOCKS.repeat_interleave(8, -1).repeat_interleave(8, -2).movedim(1, -1).to(torch.uint8)
     return agent, lpips, frames
 
@@ -179,9 +184,10 @@ def test_parity_parameter_counts(paper):
 def test_parity_tokenizer(paper):
     """Latents, tokens, reconstructions and all losses, LPIPS among them, are the authors'."""
     agent, lpips, frames = paper
-    loss, metrics, z = agent.tokenizer.loss(iris.to_network(frames), lpips, "l1")
+    loss, metrics = agent.tokenizer.loss(iris.to_network(frames), lpips, "l1")
+    z = agent.tokenizer.encoder(iris.to_network(frames))
     close([z.mean(), z.std()], [0.004302, 0.527073])
-    tokens = agent.tokenizer.tokenize(frames)
+    tokens, _ = agent.tokenizer.look(frames)
     assert tokens.tolist() == [
         [136, 197, 332, 274, 197, 197, 198, 136, 197, 197, 316, 136, 136, 197, 136, 136],
         [136, 197, 197, 136, 136, 11, 197, 136, 136, 136, 197, 197, 136, 197, 197, 197]]
@@ -241,20 +247,22 @@ def test_parity_lambda_returns():
 
 
 @pytest.mark.parametrize("name, value", [
-    ("world_model.transformer.blocks.3.attn.key.weight", None), ("tokenizer.lpips.lin2.model.1.weight", None),
+    ("world_model.transformer.blocks.3.attn.key.weight", None), ("tokenizer.pre_quant_conv.bias", None),
     ("actor_critic.actor_linear.weight", torch.zeros(9, 512))])
-def test_parity_refusals(paper, official, name, value):
+def test_parity_refusals(official, name, value, tmp_path, capfd):
     """A tensor that is missing, or another game's, is refused in one line that names it."""
-    changed = {key: x for key, x in (official | {name: value}).items() if x is not None}
-    with pytest.raises(iris.InputError) as refusal:
-        iris.load_official(paper[0], changed, paper[1])
-    assert "\n" not in str(refusal.value) and (name if value is None else "[9, 512]") in str(refusal.value)
+    changed = {key: x for key, x in (official | {name: value}).items() if x is not None and ".lpips." not in key}
+    torch.save(changed, tmp_path / "Pong.pt")
+    saying = name if value is None else "[9, 512]"
+    refused(capfd, ["--eval", tmp_path / "Pong.pt", "--env", "Pong", "--device", "cpu"], "Pong.pt", saying)
+    assert os.listdir(tmp_path) == ["Pong.pt"]
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_lpips_weights(cached, tmp_path, monkeypatch, paper, official):
+def test_lpips_weights(cached, tmp_path, monkeypatch, capfd, paper, official):
     """load_lpips puts each tensor of the two files in torch hub's cache where it belongs: the authors' distance comes
-    out. A download without the published hash is refused, and nothing of it stays in the cache."""
+    out. A download without the published hash is refused, and nothing of it stays in the cache; auto does without it
+    and says so in one line."""
     folder = tmp_path / ("hub/checkpoints" if cached else "server")
     folder.mkdir(parents=True)
     vgg = {f"features.{name.split('.', 4)[4]}": x for name, x in official.items() if ".lpips.net." in name}
@@ -268,11 +276,15 @@ def test_lpips_weights(cached, tmp_path, monkeypatch, paper, official):
     if cached:
         tokenizer, frames = paper[0].tokenizer, paper[2]
         with torch.no_grad():
-            drawn = tokenizer.decoder(tokenizer.embed(tokenizer.tokenize(frames)))
-            close(iris.load_lpips()(iris.to_network(frames), drawn).mean(), 0.119931)
+            drawn = tokenizer.decoder(tokenizer.embed(tokenizer.look(frames)[0]))
+            close(iris.load_lpips("lpips")(iris.to_network(frames), drawn).mean(), 0.119931)
     else:
         with pytest.raises(iris.InputError, match="hash"):
-            iris.load_lpips()
+            iris.load_lpips("lpips")
+        capfd.readouterr()
+        assert iris.load_lpips("auto") is None
+        told = capfd.readouterr().out.splitlines()[-1]  # after torch's "Downloading"
+        assert "hash" in told and "no perceptual loss" in told
         assert not any(path.is_file() for path in (tmp_path / "hub").rglob("*"))
 
 
@@ -282,7 +294,7 @@ def test_tokenizer_64_tokens():
     """K = 64 (appendix E): an 8 x 8 grid after three halvings, and back to 64 x 64 pixels."""
     tokenizer = iris.Tokenizer(iris.parse_args(["--preset", "paper", "--device", "cpu", "--tokens-per-frame", "64"]))
     frames = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
-    tokens = tokenizer.tokenize(frames)
+    tokens, _ = tokenizer.look(frames)
     assert tokenizer.encoder(iris.to_network(frames)).shape == (2, 512, 8, 8)
     assert tokens.shape == (2, 64) and tokenizer.draw(tokens).shape == (2, 3, 64, 64)
 
@@ -330,21 +342,47 @@ def test_tokenizer_loss(kind, perceptual, monkeypatch):
 
 
 def test_revive_codes(monkeypatch):
-    """Codes that nothing used since the last time move onto latents of the batch; those used, even earlier, stay."""
-    agent, args = bold_agent("--revive-codes", "2")
+    """Codes that no frame of the batch uses move onto latents of it, by far the most onto one that no code is near;
+    those in use stay."""
+    agent, _ = bold_agent()
     codes, frames = agent.tokenizer.codebook.weight, torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
     before, address = codes.detach().clone(), codes.data_ptr()
-    batches = [before[code, None, :, None, None] + 0.01 * torch.randn(2, 16, 4, 4) for code in (3, 7)]
-    updates = iter(batches)
-    monkeypatch.setattr(agent.tokenizer.encoder, "forward", lambda _: next(updates).requires_grad_())
-    run = types.SimpleNamespace(
-        args=args, agent=agent, device=torch.device("cpu"), perceptual=None, optimize=lambda _, f: [f(0), f(1)],
-        replay=types.SimpleNamespace(frames=frames, sample=lambda *_: (torch.tensor([[0], [1]]), None)))
-    iris.Training.train_tokenizer(run)
+    z = before[[3, 7], :, None, None] + 0.01 * torch.randn(2, 16, 4, 4)
+    z[1, :, 2, 1] = before[7] * 3
+    monkeypatch.setattr(agent.tokenizer.encoder, "forward", lambda _: z)
+    used = agent.tokenizer.quantize(z).unique().tolist()
+    assert 2 <= len(used) <= 3
+    run = types.SimpleNamespace(agent=agent, replay=types.SimpleNamespace(
+        frames=frames, sample=lambda batch, steps, align: (torch.tensor([[0], [1]]), None)))
+    iris.Training.revive_codes(run)
     assert codes.data_ptr() == address  # recorded CUDA graphs go on reading the codes from there
-    latents = batches[1].detach().movedim(1, -1).reshape(32, 16)
+    latents, far = z.movedim(1, -1).reshape(32, 16), 0
     for code, (old, new) in enumerate(zip(before, agent.tokenizer.codebook.weight)):
-        assert torch.equal(old, new) if code in (3, 7) else (new == latents).all(-1).any()
+        assert torch.equal(old, new) if code in used else (new == latents).all(-1).any()
+        far += code not in used and torch.equal(new, z[1, :, 2, 1])
+    assert far >= 25
+
+
+@pytest.mark.parametrize("every, moves", [(0, 0), (2, 3)])
+def test_optimize(every, moves, monkeypatch):
+    """Updates with and without moved codes: that many moves, each before an update; one step of the optimiser an
+    update, of this network only; metrics are means over the updates."""
+    agent, args = bold_agent("--revive-codes", str(every), "--updates", "5", "1", "1", "--learning-rate", "0.1")
+    events, losses = [], iter(range(5))
+    p = agent.tokenizer.codebook.weight
+    network = types.SimpleNamespace(
+        train=lambda: events.append("train"), eval=lambda: events.append("eval"), parameters=lambda: [p],
+        loss=lambda n: (events.append("loss"), (p.sum() * 0 + n, dict(n=p.sum() * 0 + n)))[1])
+    run = types.SimpleNamespace(
+        args=args, agent=types.SimpleNamespace(tokenizer=network), progress=lambda work, label: work,
+        revive_codes=lambda: events.append("move"), batch=lambda part: (next(losses),),
+        amp=torch.autocast("cpu", enabled=False), optimizers=dict(tokenizer=types.SimpleNamespace(
+            zero_grad=lambda: setattr(p, "grad", None), step=lambda: events.append("step"))))
+    metrics = iris.Training.optimize(run, "tokenizer")
+    assert metrics["n"] == 2 and type(metrics["n"]) is float and metrics["tokenizer_grad_norm"] == 0
+    assert events[0] == "train" and events[-1] == "eval" and events.count("move") == moves
+    assert [event for event in events if event != "move"][1:-1] == ["loss", "step"] * 5
+    assert all(events[i + 1] == "loss" for i, event in enumerate(events) if event == "move")
 
 
 # ---- World model -----------------------------------------------------------------------------------------------------
@@ -428,7 +466,7 @@ def test_replay(align, steps):
     """Segments never leave their episode, and valid marks exactly what lies inside it. Episodes come up equally often
     however long they are, the running one too; so do the steps of an episode, as start (padding on the right) or stop
     (padding on the left)."""
-    replay, lengths, N = iris.Replay(300, 16, torch.float32), (1, 3, 50, 7, 200), 20_000
+    replay, lengths, N = iris.Replay(300, 16, torch.float32, torch.device("cpu")), (1, 3, 50, 7, 200), 20_000
     for length, t in ((n, t) for n in lengths for t in range(n)):
         replay.add(np.full((64, 64, 3), t, np.uint8), t % 5, float(t), length < 200 and t == length - 1, t == 0)
     begins = np.cumsum((0, *lengths))
@@ -565,15 +603,18 @@ def test_games_against_the_emulator():
 
 
 def test_game_resumes():
-    """state_dict in the midst of a second game of Ms. Pac-Man, a life down: restored, the rest of it is the same, frame
-    by frame, up to its score. (Breakout would forgive a lost action: its ball waits.)"""
+    """In the midst of a second game of Ms. Pac-Man, a life down: number and actions, which a checkpoint holds, bring it
+    back, and the rest of it is the same, frame by frame, up to its score. (Breakout would forgive a lost action: its
+    ball waits.)"""
     rng, one, other = np.random.default_rng(0), iris.Game("ALE/MsPacman-v5", 7), iris.Game("ALE/MsPacman-v5", 7)
     assert noops("MsPacman", 7) != noops("MsPacman", 8)
     while not (one.step(int(rng.integers(9)))[1] and one.number == 1 and one.actions):
         pass
     for _ in range(20):
         one.step(int(rng.integers(9)))
-    other.load_state_dict({name: list(x) if isinstance(x, list) else x for name, x in one.state_dict().items()})
+    other.begin(one.number)
+    for action in list(one.actions):
+        other.step(action)
     while one.number == 1:
         assert (one.frame == other.frame).all() and one.first == other.first
         action = int(rng.integers(9))
@@ -733,40 +774,89 @@ class Reflex:
 
 
 def test_evaluation_counts_every_game():
-    """Five games of Ms. Pac-Man have the same returns one by one and three side by side. Without luck, they are what a
-    loop on the bare emulator gets, which begins every game with an empty memory."""
-    args, returns = iris.parse_args([*TINY, "--env", "MsPacman"]), {}
-    for luck, args.parallel_games in itertools.product((0, 1), (1, 3)):
-        scores, recording = iris.evaluate(Reflex(luck), args, 5, record=50)
-        assert recording["frames"].shape == (50, 64, 64, 3) and len(recording["actions"]) == 50
-        returns[luck, args.parallel_games] = scores.tolist()
-    assert returns[1, 1] == returns[1, 3] and len(set(returns[1, 1])) > 2
-    raw, state, score = RawGame("ms_pacman", 0), Reflex.actor_critic.initial_state(1), 0
+    """Games of Ms. Pac-Man have the same returns alone, three and five side by side. Without luck they are what a loop
+    on the bare emulator gets, which begins every game with an empty memory; and so is all that is recorded."""
+    args, returns, recordings = iris.parse_args([*TINY, "--env", "MsPacman"]), {}, {}
+    for luck, games in itertools.product((0, 1), (1, 3, 5)):
+        returns[luck, games], recordings[luck, games] = iris.evaluate(Reflex(luck), args, games)
+    for luck, games in itertools.product((0, 1), (1, 3)):
+        assert returns[luck, games].tolist() == returns[luck, 5][:games].tolist()
+        assert all(torch.equal(*pair) for pair in zip(recordings[luck, games], recordings[luck, 5]))
+    assert len(set(returns[1, 5])) > 2
+    raw, state, score, recorded = RawGame("ms_pacman", 0), Reflex.actor_critic.initial_state(1), 0, []
     while not raw.ale.game_over():
-        action, state = Reflex(0).act(torch.from_numpy(raw.frame)[None], torch.zeros(1), *state, 0.5)
-        score += raw.step(int(action))
-    assert returns[0, 1] == returns[0, 3] == [score] * 5
+        frame, lives = raw.frame, raw.ale.lives()
+        action, state = Reflex(0).act(torch.from_numpy(frame)[None], torch.zeros(1), *state, 0.5)
+        reward = raw.step(int(action))
+        recorded.append((frame, int(action), reward, raw.ale.lives() < lives))
+        score += reward
+    assert returns[0, 5].tolist() == [score] * 5 and 3 <= sum(row[-1] for row in recorded) and score > 0
+    for column, expected in zip(recordings[0, 5], zip(*recorded)):
+        assert torch.equal(column, torch.from_numpy(np.stack(expected)[:1000]).to(column.dtype))
+    few = iris.evaluate(Reflex(0), args, 2, enough=50)[1]
+    assert all(torch.equal(*pair) for pair in zip(few, [column[:50] for column in recordings[0, 5]]))
 
 
 @torch.no_grad()
-def test_held_out_metrics():
-    """Cross-entropy and accuracy of the forecasts, and of copying the frame before, against a loop over the tokens."""
-    agent, args = bold_agent()
-    frames, actions = torch.randint(256, (13, 64, 64, 3), dtype=torch.uint8), torch.randint(6, (13,))
-    frames[1::3] = frames[:12:3]  # every third frame is the one before once more
-    metrics = iris.held_out_metrics(agent, dict(frames=frames, actions=actions), args.sequence_length)
-    tokens, entropy, right, copied, n = agent.tokenizer.tokenize(frames), 0.0, 0, 0, 0
-    for begin in (0, 6):  # whole segments only, so the 13th frame is left over
-        logits = agent.world_model.predict(tokens[None, begin:begin + 6], actions[None, begin:begin + 6])[0][0]
+@pytest.mark.parametrize("reward_loss", ["cross-entropy", "mse"])
+def test_held_out_metrics(reward_loss):
+    """Forecasts of tokens, and copies of the frame before; rewards and ends that were foreseen; how much of what moves
+    is drawn: all against loops over tokens, steps and pixels."""
+    agent, args = bold_agent("--reward-loss", reward_loss)
+    frames, actions = torch.randint(256, (25, 64, 64, 3), dtype=torch.uint8), torch.randint(6, (25,))
+    frames[:, 32:] = frames[0, 32:]  # the lower half never moves
+    frames[1::3] = frames[:24:3]  # every third frame is the one before once more
+    rewards, ends = torch.tensor([0, 0, 1, 5, -2])[torch.randint(5, (25,))].float(), torch.randint(2, (25,))
+    tokens, entropy, right, copied, n = agent.tokenizer.look(frames)[0], 0.0, 0, 0, 0
+    for head, name in ((1, "head_reward"), (2, "head_end")):  # now one is foreseen, now another
+        layer = getattr(agent.world_model, name)[2]
+        layer.weight *= 4
+        layer.bias -= agent.world_model.predict(tokens[None, :6], actions[None, :6])[head].mean((0, 1))
+    metrics = iris.held_out_metrics(agent, [frames, actions, rewards, ends], args.sequence_length)
+    counts = dict.fromkeys(itertools.product(("reward", "end"), ("real", "told", "hit")), 0)
+    for begin in (0, 6, 12, 18):  # whole segments only, so the 25th frame is left over
+        logits, reward_logits, end_logits = (x[0] for x in agent.world_model.predict(
+            tokens[None, begin:begin + 6], actions[None, begin:begin + 6]))
         for t, k in itertools.product(range(1, 6), range(16)):
             p, target = logits[16 * t + k - 1].double().softmax(-1), int(tokens[begin + t, k])
             entropy, right, n = entropy - math.log(p[target]), right + (int(p.argmax()) == target), n + 1
             copied += target == int(tokens[begin + t - 1, k])
+        for t in range(6):
+            sign = np.sign(float(rewards[begin + t]))
+            told = (np.sign(round(float(reward_logits[t]))) if reward_loss == "mse" else
+                    {0: -1, 1: 0, 2: 1}[int(reward_logits[t].argmax())])
+            for name, real, said in (("reward", sign, told), ("end", ends[begin + t], int(end_logits[t].argmax()))):
+                for event, is_so in (("real", real != 0), ("told", said != 0), ("hit", real == said != 0)):
+                    counts[name, event] += bool(is_so)
     c = min(copied / n, 0.999)
     close([metrics[name] for name in ("token_cross_entropy", "token_accuracy", "copy_accuracy", "copy_cross_entropy")],
           [entropy / n, right / n, c, -c * math.log(c) - (1 - c) * math.log((1 - c) / 31)])
-    error = frames[:12].movedim(-1, 1) / 255 - (agent.tokenizer.draw(tokens[:12]) + 1) / 2  # on images in [0, 1]
-    close([metrics["heldout_l1"], metrics["heldout_psnr"]], [error.abs().mean(), -10 * error.square().mean().log10()])
+    for name in ("reward", "end"):
+        real, told, hit = (counts[name, event] for event in ("real", "told", "hit"))
+        assert real > hit > 0 and told > hit  # or it would prove little
+        close([metrics[f"{name}_{x}"] for x in ("count", "recall", "precision")], [real, hit / real, hit / told])
+    drawn = (agent.tokenizer.draw(tokens[:24]) + 1) * 127.5
+    error = (frames[:24].movedim(-1, 1) - drawn) / 255  # on images in [0, 1]
+    close(metrics["heldout_psnr"], -10 * error.square().mean().log10())
+    lost, moved = 0.0, 0.0
+    for place in range(3 * 64 * 64):
+        real, shown = frames[:24].movedim(-1, 1).flatten(1)[:, place].tolist(), drawn.flatten(1)[:, place].tolist()
+        background = sorted(real)[11]  # of 24: the lower median
+        for x, y in zip(real, shown):
+            if abs(x - background) > 25.5:
+                lost, moved = lost + abs(x - y), moved + abs(x - background)
+    close(metrics["moving_kept"], 1 - lost / moved)
+
+
+def test_held_out_metrics_of_a_standstill():
+    """A game in which nothing moves, scores or ends (Breakout's, until someone presses fire) has finite metrics too:
+    anything else would stop the run."""
+    agent, args = bold_agent()
+    still = [torch.full((12, 64, 64, 3), 90, dtype=torch.uint8), torch.zeros(12, dtype=torch.long),
+             torch.zeros(12), torch.zeros(12, dtype=torch.long)]
+    metrics = iris.held_out_metrics(agent, still, args.sequence_length)
+    assert all(math.isfinite(value) for value in metrics.values()), metrics
+    assert metrics["reward_count"] == metrics["reward_recall"] == metrics["end_count"] == metrics["end_recall"] == 0
 
 
 # ---- The command line, on real Pong ----------------------------------------------------------------------------------
@@ -781,9 +871,9 @@ def finish(*flags, **options):
 def start_and_stop(run_dir, epoch, how, delay):
     """Starts a training, waits for the end of an epoch and a little longer, and sends a signal."""
     with subprocess.Popen(command(*SCHEDULE, "--run-dir", run_dir), stderr=subprocess.PIPE, text=True) as process:
-        while not [path for path in run_dir.glob("*/metrics.csv") if f"\n{epoch}," in path.read_text()]:
+        while not [path for path in run_dir.glob("*/checkpoint.pt") if iris.read_checkpoint(path)["epoch"] >= epoch]:
             assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
+            time.sleep(0.05)
         time.sleep(delay)
         process.send_signal(how)
         errors = process.stderr.read()
@@ -821,7 +911,7 @@ def read_run(folder):
         rows = list(csv.DictReader(file))
     checkpoint, result = torch.load(folder / "checkpoint.pt", weights_only=True), (folder / "eval.json").read_text()
     return essence(dict(rows=rows, checkpoint=checkpoint, result=json.loads(result),
-                        frames=(folder / "frames.bin").read_bytes()))
+                        frames=b"".join(path.read_bytes() for path in sorted(folder.glob("frames/*.bin")))))
 
 
 def test_whole_training(whole_run):
@@ -840,8 +930,8 @@ def test_whole_training(whole_run):
     for name, weight in iris.Agent(types.SimpleNamespace(**config), 6).named_parameters():
         assert weight.tolist() != state["agent"][name][1], f"{name} was not trained"
     assert run["result"]["returns"] == [run["result"]["eval_return"]] and -21 <= run["result"]["eval_return"] <= 21
-    for name in ("reconstructions", "dream"):
-        picture = cv2.imread(str(whole_run / "media" / "epoch_004" / f"{name}.png"))
+    for name, kind in itertools.product(("reconstructions", "dream", "futures", "rewards"), ("epoch_004", "final")):
+        picture = cv2.imread(str(whole_run / "media" / kind / f"{name}.png"))
         assert min(picture.shape[:2]) > 300 and picture.std() > 5
 
 
@@ -849,44 +939,49 @@ def test_killed_and_resumed(whole_run, killed_run, tmp_path):
     """kill -9 costs the running epoch and nothing else: resumed, the run ends as the undisturbed one did, to the last
     bit of weights, optimisers, replay and metrics."""
     folder = shutil.copytree(killed_run, tmp_path / "run")
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] in (2, 3)
-    with open(folder / "frames.bin", "ab") as file:
-        file.write(bytes(5 * 64 * 64 * 3))  # what a kill leaves that falls between the writing of the two files
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["epoch"] in (2, 3)
+    # What a kill leaves that falls between the writing of the two files.
+    (folder / "frames" / f"{state['replay']['size']:07d}.bin").write_bytes(bytes(5 * 64 * 64 * 3))
     assert finish("--resume", folder).returncode == 0
     assert read_run(folder) == read_run(whole_run)
 
 
 def test_stopped_and_resumed(whole_run, tmp_path):
-    """SIGTERM (as Ctrl-C): code 130 and one line that tells how to go on, which works."""
-    folder, code, errors = start_and_stop(tmp_path, 1, signal.SIGTERM, 0.05)
+    """Ctrl-C: code 130 and one line that tells how to go on, which works."""
+    folder, code, errors = start_and_stop(tmp_path, 1, signal.SIGINT, 0.05)
     assert code == 130 and errors.count("\n") == 1 and f"--resume {folder}" in errors
     assert finish("--resume", folder).returncode == 0
     assert read_run(folder) == read_run(whole_run)
 
 
 def test_final_evaluation_repeats(whole_run, tmp_path):
-    """A run that was stopped in its final evaluation does it again, with the same result: no dropout, no chance."""
+    """A run that was stopped in its final evaluation does it again, with the same result: no dropout, no chance. It
+    needs no config.json, which is for people."""
     folder = shutil.copytree(whole_run, tmp_path / "run")
     (folder / "eval.json").unlink()
+    (folder / "config.json").unlink()
     assert iris.main(["--resume", str(folder)]) == 0
     assert read_run(folder) == read_run(whole_run)
 
 
-@pytest.mark.parametrize("full_for", ["frames.bin", "checkpoint.pt"])
+@pytest.mark.parametrize("full_for", ["frames", "checkpoint.pt"])
 def test_full_disk(killed_run, tmp_path, full_for):
     """No room for more frames, or for a checkpoint: one line, code 2, and the last checkpoint is as it was."""
     folder = shutil.copytree(killed_run, tmp_path / "run")
-    before = [(folder / name).read_bytes() for name in ("checkpoint.pt", "metrics.csv")]
-    frames = torch.load(folder / "checkpoint.pt", weights_only=True)["size"] * 64 * 64 * 3
-    room = frames - 1 if full_for == "frames.bin" else len(before[0]) // 2
-    assert (room < frames) if full_for == "frames.bin" else (room > 90 * 64 * 64 * 3)
+    before, state = (folder / "checkpoint.pt").read_bytes(), iris.read_checkpoint(folder)
+    frames = 30 * 64 * 64 * 3  # bytes of an epoch's
+    room = frames - 1 if full_for == "frames" else len(before) // 2
+    assert room < frames if full_for == "frames" else room > frames
 
     def limit():  # a write beyond it fails as on a full disk, because Python ignores SIGXFSZ
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
     done = finish("--resume", folder, preexec_fn=limit)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "too large" in done.stderr, done.stderr
-    assert [(folder / name).read_bytes() for name in ("checkpoint.pt", "metrics.csv")] == before
+    if state["epoch"] == 2:  # the fourth epoch adds no frames
+        assert [path.stem for path in folder.rglob("*.tmp")] == ["0000060.bin" if full_for == "frames" else full_for]
+    assert (folder / "checkpoint.pt").read_bytes() == before
 
 
 def test_loss_that_is_not_finite(tmp_path, capfd):
@@ -923,7 +1018,7 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"  # no machine has both
     ("--tokens-per-frame 64 --stem-stride 16", ["--tokens-per-frame", "--stem-stride"]),
     ("--width 33", ["--width", "--heads"]),
     ("--tokenizer-channels 40", ["--tokenizer-channels", "32"]), ("--starts 3 2 4", ["--starts"]),
-    ("--collect-epochs 5", ["--collect-epochs", "--epochs"]), ("--no-such-flag", ["--no-such-flag"]),
+    ("--no-such-flag", ["--no-such-flag"]),
     ("--perceptual-loss lpips", ["LPIPS", "vgg16-397923af.pth"])])
 def test_flags_refused(flags, saying, tmp_path, capfd, monkeypatch):
     """Flags that cannot work are refused by name before anything is written. LPIPS: with neither weights nor network,
@@ -934,9 +1029,13 @@ def test_flags_refused(flags, saying, tmp_path, capfd, monkeypatch):
     assert not (tmp_path / "runs").exists()
     if "lpips" in flags:
         args = iris.parse_args([*SCHEDULE, "--perceptual-loss", "auto", "--run-dir", str(tmp_path / "runs")])
-        folder = iris.new_run(args)
+        args.epochs = 0  # nothing but its beginning
+        monkeypatch.setattr(iris, "evaluation", lambda *_: None)
+        iris.train(args, tmp_path / "runs" / "run")
         assert "no perceptual loss" in capfd.readouterr().out
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((tmp_path / "runs" / "run" / "config.json").read_text())
+        assert (config["perceptual_loss"], config["reconstruction_loss"]) == ("none", "l2")
+        config = iris.read_checkpoint(tmp_path / "runs" / "run")["args"]
         assert (config["perceptual_loss"], config["reconstruction_loss"]) == ("none", "l2")
 
 
@@ -955,21 +1054,28 @@ def edit(path, change):
     path.write_bytes(change(data, len(data) // 2))
 
 
+def change_flags(folder, **flags):
+    """Sets flags that a run's checkpoint holds; those set to None are taken away."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    kept = {name: value for name, value in (state["args"] | flags).items() if name not in flags or value is not None}
+    torch.save(state | dict(args=kept), folder / "checkpoint.pt")
+
+
 @pytest.mark.parametrize("break_it, flags, saying", [
-    (shutil.rmtree, "", "config.json"),
-    (lambda run: (run / "config.json").unlink(), "", "config.json"),
-    (lambda run: edit(run / "config.json", lambda x, n: x[:n]), "", "config.json"),
-    (lambda run: edit(run / "config.json", lambda x, n: x.replace(b'"gamma": 0.9', b'"gamma": 0.8')), "", "flags"),
-    (lambda run: edit(run / "config.json", lambda x, n: x.replace(b'"layers": 1', b'"layers": 2')), "", "flags"),
+    (shutil.rmtree, "", "run"),
+    (lambda run: (run / "checkpoint.pt").unlink(), "", "checkpoint.pt"),
+    (lambda run: change_flags(run, gamma=None), "", "--gamma"),
     (lambda run: None, "--layers 3", "--layers is 1"),
+    (lambda run: None, "--gamma 0.5", "--gamma is 0.995"),
     (lambda run: edit(run / "checkpoint.pt", lambda x, n: x[:n] + bytes(9) + x[n + 9:]), "", "damaged"),
     (lambda run: edit(run / "checkpoint.pt", lambda x, n: x[:n]), "", "checkpoint.pt"),
     (lambda run: (run / "checkpoint.pt").write_text("not a checkpoint"), "", "checkpoint.pt"),
-    (lambda run: torch.save(dict(epoch=1), run / "checkpoint.pt"), "", "checkpoint.pt"),
-    (lambda run: (run / "frames.bin").unlink(), "", "frames.bin"),
-    (lambda run: edit(run / "frames.bin", lambda x, n: x[:n]), "", "frames.bin"),
-], ids=["no folder", "no config", "half a config", "other gamma", "other size", "contradicting flag", "zeroed bytes",
-        "half a checkpoint", "text", "foreign checkpoint", "no frames", "half the frames"])
+    (lambda run: torch.save(dict(epoch=1), run / "checkpoint.pt"), "", "run"),
+    (lambda run: shutil.rmtree(run / "frames"), "", "frames"),
+    (lambda run: (run / "frames" / "0000030.bin").unlink(), "", "frames"),
+    (lambda run: edit(run / "frames" / "0000030.bin", lambda x, n: x[:n]), "", "frames"),
+], ids=["no folder", "no checkpoint", "other version", "other size", "other gamma", "zeroed bytes", "half a checkpoint",
+        "text", "foreign checkpoint", "no frames", "frames missing", "half the frames"])
 def test_resume_refused(whole_run, tmp_path, capfd, break_it, flags, saying):
     """A run folder that is damaged or contradicted is refused, and no file in it is touched."""
     folder = shutil.copytree(whole_run, tmp_path / "run")
@@ -977,6 +1083,373 @@ def test_resume_refused(whole_run, tmp_path, capfd, break_it, flags, saying):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     refused(capfd, ["--resume", folder, *flags.split()], saying)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("mode", ["--eval", "--dream", "--play"])
+@pytest.mark.parametrize("break_it, saying", [
+    (shutil.rmtree, "missing"),
+    (lambda run: (run / "checkpoint.pt").unlink(), "checkpoint.pt"),
+    (lambda run: (run / "checkpoint.pt").write_text("not a checkpoint"), "checkpoint.pt"),
+    (lambda run: edit(run / "checkpoint.pt", lambda x, n: x[:n] + bytes(9) + x[n + 9:]), "damaged"),
+    (lambda run: change_flags(run, layers=None), "does not fit"),
+    (lambda run: change_flags(run, env="ALE/Breakout-v5"), "does not fit"),
+    (lambda run: torch.save(dict(epoch=1), run / "checkpoint.pt"), "does not fit"),
+], ids=["no folder", "no checkpoint", "text", "zeroed bytes", "other version", "other game", "foreign checkpoint"])
+def test_modes_refused(whole_run, tmp_path, capfd, mode, break_it, saying):
+    """What is no run of this program is refused by all that would look into one, and nothing is written."""
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    break_it(folder)
+    before = sorted(folder.rglob("*"))
+    refused(capfd, [mode, folder], folder, saying)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_modes_refuse_other_files(tmp_path, capfd):
+    """So are files that are no checkpoint, and folders without results. Only one thing is done at a time."""
+    (tmp_path / "notes.txt").write_text("Pong went well.")
+    torch.save(7, tmp_path / "epoch.pt")  # the authors' runs have such files beside their checkpoints
+    torch.save({"0.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    for mode, path in itertools.product(("--eval", "--dream", "--play"), ("notes.txt", "nothing.pt", "epoch.pt",
+                                                                          "other.pt")):
+        refused(capfd, [mode, tmp_path / path], tmp_path / path)
+    for path in (tmp_path, tmp_path / "nothing", tmp_path / "notes.txt"):
+        refused(capfd, ["--report", path], path, "eval.json")
+    refused(capfd, ["--eval", "runs/a", "--dream", "runs/a"], "--eval", "--dream")
+    assert sorted(os.listdir(tmp_path)) == ["epoch.pt", "notes.txt", "other.pt"]
+    for text in ('{"game": "Pong", "ret', "{}"):
+        (tmp_path / "eval.json").write_text(text)
+        refused(capfd, ["--report", tmp_path], tmp_path / "eval.json")
+
+
+# ---- Scores: --eval and --report -------------------------------------------------------------------------------------
+def test_eval_repeats_the_final_evaluation(whole_run, tmp_path, capfd):
+    """--eval of a run is the evaluation that ended its training, all its numbers; published scores stand beside it."""
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    (folder / "eval.json").unlink()
+    assert iris.main(["--eval", str(folder)]) == 0
+    assert (folder / "eval.json").read_text() == (whole_run / "eval.json").read_text()
+    told = capfd.readouterr().out.splitlines()[-1]
+    score = json.loads((folder / "eval.json").read_text())["eval_return"]
+    for part in (f"{score:.1f}", f"{(score + 20.7) / (14.6 + 20.7):.3f}", "-20.7", "14.6", "14.6"):
+        assert part in told
+        told = told.replace(part, "", 1)
+
+
+@pytest.mark.parametrize("mode", ["eval", "dream", "play", "resume"])
+def test_modes_of_a_resumed_run(whole_run, tmp_path, mode):
+    """A run that was stopped, moved and went on is no less a run: every mode takes it, with the flags it began with."""
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    change_flags(folder, resume="runs/elsewhere", run="runs/elsewhere")  # as --resume runs/elsewhere left them
+    args = iris.parse_args([f"--{mode}", str(folder)])
+    assert {name: getattr(args, name) for name in ("eval", "dream", "play", "resume")} == {
+        name: str(folder) if name == mode else None for name in ("eval", "dream", "play", "resume")}
+    assert args.run == str(folder) and (args.layers, args.final_games, args.starts) == (1, 1, [1, 2, 3])
+
+
+def test_eval_of_an_authors_checkpoint(tmp_path, monkeypatch, capfd):
+    """An authors' checkpoint plays Klax, which is over soon and not among the 26 games: the emulator itself, given the
+    same actions, shows the same frames and pays the same rewards, up to the last of the game."""
+    saved = {name: fill(name, shape) for name, shape in official_shapes(18).items() if ".lpips." not in name}
+    torch.save(saved, tmp_path / "Klax.pt")
+    seen, evaluate = [], iris.evaluate
+    monkeypatch.setattr(iris, "evaluate", lambda *args, **more: seen.append(evaluate(*args, **more)) or seen[-1])
+    assert iris.main(["--eval", str(tmp_path / "Klax.pt"), "--env", "Klax", "--device", "cpu", "--final-games", "1",
+                      "--horizon", "4"]) == 0
+    (returns, recording), result = seen[0], json.loads((tmp_path / "Klax.results" / "eval.json").read_text())
+    assert result["returns"] == returns.tolist() and result["game"] == "Klax"
+    assert f"mean {returns.mean():.1f}" in capfd.readouterr().out
+    raw, score = RawGame("klax", noops("Klax", 0, False)), 0
+    for frame, action, reward, _ in zip(*recording):
+        assert not raw.ale.game_over() and (raw.frame == frame.numpy()).all()
+        assert raw.step(int(action)) == reward
+        score += float(reward)
+    assert raw.ale.game_over() and score == returns[0] and len(recording[1].unique()) > 5
+    assert {path.name for path in (tmp_path / "Klax.results" / "media" / "final").iterdir()} == PICTURES
+
+
+PUBLISHED = {row[0]: [float(x) for x in row[1:]] for row in (game.split() for game in (  # random, human, five seeds
+    "Alien 227.8 7127.7 368.7 452.5 437.2 331.7 510;Amidar 5.8 1719.5 196 126 164.9 162.9 65.1;"
+    "Assault 222.4 742 1481.3 928.1 1121.8 1556 2534.8;Asterix 210 8503.3 762.5 1114 1082 716.5 593;"
+    "BankHeist 14.2 753.1 42.2 48.8 68.4 46.4 59.6;BattleZone 2360 37187.5 16990 14570 11300 10070 12440;"
+    "Boxing 0.1 12.1 86.2 49.3 55.8 83.5 75.5;Breakout 1.7 30.5 104.6 85.6 69.7 70.3 88.1;"
+    "ChopperCommand 811 7387.8 1150 1276 1659 2162 1578;"
+    "CrazyClimber 10780.5 35829.4 64101 66127 62740 77066 26587;"
+    "DemonAttack 152.1 1971 905 2011.9 2888.5 2613.4 1753;Freeway 0 29.6 30.9 31.5 30.5 30.8 31.6;"
+    "Frostbite 65.2 4334.7 274.3 250 295 250 226.3;Gopher 257.6 2412.5 2987.2 2476.8 3110.4 1171.4 1434.8;"
+    "Hero 1027 30826.4 6916.2 6933.9 6740.6 7881.6 6714.7;Jamesbond 29 302.8 487.5 394 486 464 482;"
+    "Kangaroo 52 3035 2249 732 750 90 370;Krull 1598 2665.5 6047.4 7364.8 4980.6 6006.3 8683;"
+    "KungFuMaster 258.5 22736.3 7301 15949 34406 14372 36771;"
+    "MsPacman 307.3 6951.6 1251.6 941.5 590.3 770.8 1441.1;Pong -20.7 14.6 19.3 18.5 16.6 6.2 12.4;"
+    "PrivateEye 24.9 69571.3 100 100 100 100 100;Qbert 163.9 13455 853 575 790.2 1027.2 483.2;"
+    "RoadRunner 11.5 7845 11355 2033 17106 7614 9965;Seaquest 68.4 42054.7 752.2 855.8 691 386 621.6;"
+    "UpNDown 533.4 11693.2 3793 5367.5 2943.7 3637.9 1988.9"
+).split(";"))}
+
+
+def combine(games):
+    """Normalised scores of each game's seeds -> what a report says of them all, by sorting and counting."""
+    means, runs = sorted(sum(seeds) / len(seeds) for seeds in games), sorted(x for seeds in games for x in seeds)
+    middle, cut = len(means) // 2, len(runs) // 4
+    return (sum(means) / len(means), (means[middle] + means[-middle - 1]) / 2,
+            sum(runs[cut:len(runs) - cut]) / (len(runs) - 2 * cut), sum(max(0, 1 - x) for x in runs) / len(runs),
+            sum(x > 1 for x in means))
+
+
+def read_tables(text):
+    """Markdown tables -> of each one the rows below the header, as lists of cells."""
+    tables = [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+              for block in text.strip().split("\n\n")]
+    for header, rule, *rows in tables:
+        assert set(rule) == {"---"} and {len(row) for row in (header, rule, *rows)} == {len(header)}
+    return [rows for _, _, *rows in tables]
+
+
+def write_results(folder, scores):
+    for game, seeds in scores.items():
+        for i, returns in enumerate(seeds):
+            path = folder / f"{game}__iris__{i}" / "eval.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(dict(game=game, returns=returns)))
+
+
+def test_report_of_the_published_scores(tmp_path, capfd):
+    """The authors' 26 games x 5 seeds: the mean of 1.046 and the median of 0.289 that they published; interquartile
+    mean, optimality gap and games above human as counted by hand; intervals as from a naive stratified bootstrap."""
+    write_results(tmp_path, {game: [[x - 1, x + 1] for x in seeds] for game, (_, _, *seeds) in PUBLISHED.items()})
+    assert iris.main(["--report", str(tmp_path)]) == 0
+    games, total = read_tables(capfd.readouterr().out)
+    assert [row[0] for row in games] == sorted(PUBLISHED) and len(games) == 26
+    normalised = []
+    for game, seeds, mean, score, *beside in games:
+        low, high, *returns = PUBLISHED[game]
+        normalised.append([(x - low) / (high - low) for x in returns])
+        assert seeds == "5" and mean == f"{sum(returns) / 5:.1f} ({', '.join(f'{x:.1f}' for x in returns)})"
+        close(float(score), sum(normalised[-1]) / 5, rtol=0, atol=5.1e-4)
+        close([float(x) for x in beside], [low, high, sum(returns) / 5], rtol=1e-5)
+        close(iris.SCORES[game], [low, high, sum(returns) / 5], rtol=1e-6)
+    assert [row[1] for row in total[:2]] == ["1.046", "0.289"]
+    assert [row[0] for row in total] == ["mean", "median", "interquartile mean", "optimality gap", "games above human"]
+    close([float(row[1]) for row in total], combine(normalised), rtol=0, atol=5.1e-4)
+    luck, draws = random.Random(0), []
+    for _ in range(1000):
+        draws.append(combine([luck.choices(seeds, k=len(seeds)) for seeds in normalised]))
+    for row, column in zip(total, zip(*draws)):
+        column, bounds = sorted(column), [float(x) for x in row[2].split(" to ")]
+        close(bounds, [column[25], column[974]], rtol=0, atol=0.1 * (column[974] - column[25]) + 1e-3)
+
+
+def test_report_of_a_few_runs(tmp_path, capfd):
+    """Unequal numbers of seeds; a game outside the 26 has its raw score and no part in what is said of all games; and
+    alone it is a report too."""
+    scores = {"Pong": [[14.6, -20.7], [14.6]], "Breakout": [[1.7], [30.5], [59.3]], "Tennis": [[-24, -23.0]]}
+    write_results(tmp_path / "runs" / "deeper", scores)
+    assert iris.main(["--report", str(tmp_path)]) == 0
+    games, total = read_tables(capfd.readouterr().out)
+    assert [row[:3] for row in games] == [["Breakout", "3", "30.5 (1.7, 30.5, 59.3)"],
+                                          ["Pong", "2", "5.8 (-3.0, 14.6)"], ["Tennis", "1", "-23.5 (-23.5)"]]
+    assert [row[3] for row in games] == ["1.000", "0.750", "nan"]
+    close([float(row[1]) for row in total], combine([[0, 1, 2], [0.5, 1]]), rtol=0, atol=5.1e-4)
+    write_results(tmp_path / "alone", {"Tennis": scores["Tennis"]})
+    assert iris.main(["--report", str(tmp_path / "alone")]) == 0
+    assert len(read_tables(capfd.readouterr().out)) == 1
+
+
+# ---- Pictures --------------------------------------------------------------------------------------------------------
+PICTURES = {"reconstructions.png", "dream.png", "futures.png", "rewards.png", "dream.mp4"}
+
+
+def read_video(path):
+    video, images = cv2.VideoCapture(str(path)), []
+    while (image := video.read()[1]) is not None:
+        images.append(image[..., ::-1])
+    return images
+
+
+def enlarged(strip, scale=3):
+    """Frames (n, 64, 64, 3) beside each other, every pixel a square of them."""
+    return np.kron(np.concatenate(list(strip), axis=1), np.ones((scale, scale, 1), np.uint8))
+
+
+def test_dream_of_a_run(whole_run, tmp_path):
+    """--dream writes four pictures and a video that can be opened. Rows of real frames are those frames, to the pixel,
+    three times as large; the difference is what the two rows above it differ by."""
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    shutil.rmtree(folder / "media")
+    assert iris.main(["--dream", str(folder)]) == 0
+    assert {path.name for path in (folder / "media" / "dream").iterdir()} == PICTURES
+    assert (folder / "checkpoint.pt").read_bytes() == (whole_run / "checkpoint.pt").read_bytes()
+    args = iris.parse_args(["--eval", str(folder)])
+    _, recording = iris.evaluate(iris.load_agent(args), args, 1)
+    frames, rewards = recording[0].numpy(), recording[2].tolist()
+    n, first = len(frames), next(i for i, reward in enumerate(rewards) if reward) - 2
+    some, window = [int(i * (n - 1) / 9) for i in range(10)], range(first, first + 5)
+    images = {name: cv2.imread(str(folder / "media" / "dream" / name))[..., ::-1] for name in PICTURES if "png" in name}
+    rows = {}
+    for name, height, shown, count in (("reconstructions.png", 196, some, 3), ("dream.png", 196, window, 2),
+                                       ("futures.png", 196, window, 4), ("rewards.png", 214, window, 2)):
+        assert images[name].shape == (count * height, 130 + 192 * len(shown), 3)
+        rows[name] = [images[name][i * height + 4:i * height + 196, 130:] for i in range(count)]
+        if name != "futures.png":
+            assert (rows[name][0] == enlarged(frames[list(shown)])).all(), name
+        for row in rows[name]:  # whatever is drawn keeps to the frames' pixels
+            assert (row == row[1::3, 1::3].repeat(3, 0).repeat(3, 1)).all()
+    real, rebuilt, difference = (x.astype(int) for x in rows["reconstructions.png"])
+    assert (difference == abs(real - rebuilt)).all() and difference.any()
+    assert len({row[:, :192].tobytes() for row in rows["futures.png"]}) == 1  # all four begin with the same frame
+    video = read_video(folder / "media" / "dream" / "dream.mp4")
+    assert len(video) == 1 + 16 * 3 and {image.shape for image in video} == {(406, 768, 3)}
+    for image, frame in zip(video, frames):  # on the left the real frames, as well as a video keeps them
+        assert abs(image[4:388, :384].astype(int) - enlarged([frame], 6)).mean() < 12
+
+
+@torch.no_grad()
+def test_pictures_show_what_the_model_says(monkeypatch, tmp_path):
+    """Every row of the pictures against naive dreams with the same random numbers: the given actions replayed, four
+    futures, expected rewards and ends; and the video's dream, which goes on from the last frames of itself."""
+    agent, args = bold_agent()
+    torch.manual_seed(3)
+    frames, actions, H, K = torch.randint(256, (60, 64, 64, 3), dtype=torch.uint8), torch.randint(6, (60,)), 5, 16
+    rewards, ends = torch.zeros(60), torch.zeros(60, dtype=torch.long)
+    rewards[20], rewards[40], ends[21] = -2.0, 1.0, 1
+    shown, picture, generator = [], iris.picture, torch.Generator().manual_seed(0)
+    monkeypatch.setattr(iris, "picture", lambda rows, *more: shown.append(rows) or picture(rows, *more))
+    iris.write_pictures(agent, args, [frames, actions, rewards, ends], tmp_path)
+    tokens, _ = agent.tokenizer.look(frames)
+
+    def imagine(words, past, count, steps, given=None):
+        u, words = torch.rand(count, steps, K + 3, generator=generator), words.expand(count, -1, -1)
+        return naive_dream(agent, words, past.expand(count, -1), agent.tokenizer.draw(words[:, -1]),
+                           agent.actor_critic.initial_state(count), u, given)
+
+    def same(drawn, expected):
+        assert drawn.shape == (len(expected), 64, 64, 3)
+        assert np.abs(drawn - ((expected + 1) * 127.5).movedim(1, -1).numpy()).max() < 1  # rounded
+
+    (_, _, _), ((_, real, _), (_, dreamt, _)), futures, (came, expected), *video = shown
+    assert (real == frames[18:23].numpy()).all()  # around the first reward
+    same(dreamt, imagine(tokens[18:19], actions[:0], 1, H - 1, actions[None, 18:22])["frames"][0])
+    for (_, drawn, _), future in zip(futures, imagine(tokens[18:19], actions[:0], 4, H - 1)["frames"]):
+        same(drawn, future)
+    assert len(futures) == 4
+    _, signs, over = (x[0].softmax(-1) for x in agent.world_model.predict(tokens[None, 18:23], actions[None, 18:23]))
+    assert (came[1] == frames[18:23].numpy()).all()
+    same(expected[1], agent.tokenizer.draw(tokens[18:23]))
+    for t in range(5):
+        said = [[float(x) for x in re.findall(r"[+-]?\d+\.\d+", row[2][t])] for row in (came, expected)]
+        assert said[0] == [rewards[18 + t], ends[18 + t]]
+        close(said[1], [signs[t, 2] - signs[t, 0], over[t, 1]], rtol=0, atol=5.1e-3)
+    words, drawn = [tokens[0]], [agent.tokenizer.draw(tokens[:1])[0]]
+    while len(words) + 3 <= 50:  # dreams of 3 steps after the 3 frames before them
+        t, past = len(words), min(len(words), 3)
+        before, given = actions[None, t - past:t - 1], actions[None, t - 1:t + 2]
+        more = imagine(torch.stack(words[-past:])[None], before, 1, 3, given)
+        words, drawn = words + list(more["tokens"][0, 1:]), drawn + list(more["frames"][0, 1:])
+    assert len(video) == len(words) == 49 and len({tuple(word.tolist()) for word in words}) > 20
+    for t, [(_, pair, _)] in enumerate(video):
+        assert (pair[0] == frames[t].numpy()).all()
+        same(pair[1:], drawn[t][None])
+    assert len(read_video(tmp_path / "dream.mp4")) == 49
+
+
+# ---- Play ------------------------------------------------------------------------------------------------------------
+def test_play(monkeypatch, capfd):
+    """Scripted keys, no window: each key is its action, the world model sees the last frames and actions and no more
+    than it can, rewards add up, space stops the world, R begins anew, after an end only R helps, Q leaves."""
+    agent, args = bold_agent("--env", "Pong", "--stem-stride", "16", "--tokenizer-blocks", "0")
+    script = ["", "f", "d", "a", "D", "A", "x", "w", " ", "f", "", " ", "d", "!", "f", "r", "a", "q"]
+    taken = [0, 1, 2, 3, 4, 5, 0, 0, 0, 2, 0, 3]  # "": no key; x and w mean nothing in Pong; !: here the dream ends
+    keys, shown, dreams, picture, dream = iter(script), [], [], iris.picture, iris.dream
+
+    def press(milliseconds):
+        assert 0 < milliseconds < 1000
+        key = next(keys)
+        if key == "!":
+            press.end = True
+            return 255
+        return ord(key) if key else 255
+
+    def watch(agent, tokens, past, frame, state, u, actions):
+        result = dream(agent, tokens, past, frame, state, u, actions)
+        result["ends"], press.end = torch.full_like(result["ends"], press.end), False
+        dreams.append((tokens, past, frame, actions.item(), result))
+        return result
+
+    press.end = False
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(cv2, "waitKey", press)
+    monkeypatch.setattr(cv2, "imshow", lambda name, image: None)
+    monkeypatch.setattr(iris, "dream", watch)
+    monkeypatch.setattr(iris, "picture", lambda rows, *more: shown.append(rows[0][1:]) or picture(rows, *more))
+    iris.play(agent, args)
+    told = capfd.readouterr().out
+    for part in ("f FIRE", "d RIGHT", "a LEFT", "D RIGHTFIRE", "A LEFTFIRE", "pause", "quit"):
+        assert part in told
+    assert next(keys, None) is None and len(shown) == len(script)
+    assert [actions for *_, actions, _ in dreams] == taken
+    for i, (tokens, past, frame, _, _) in enumerate(dreams):
+        since = i if i < 11 else i - 11  # dreamt steps since the last start
+        assert tokens.shape == (1, min(since + 1, 5), 16) and past[0].tolist() == taken[i - since:i][-4:][:since]
+        assert torch.equal(agent.tokenizer.draw(tokens[:, -1]), frame)
+        if since:
+            before = dreams[i - 1]
+            assert torch.equal(tokens, torch.cat([before[0], before[4]["tokens"][:, 1:]], 1)[:, -5:])
+            assert torch.equal(frame, before[4]["frames"][:, 1])
+    rewards = [float(result["rewards"]) for *_, result in dreams]
+    scores = [f"rewards {score:+g}" for score in itertools.accumulate(rewards[:11])]
+    assert len(set(scores)) > 2
+    expected = ["rewards +0", *scores[:8], *[scores[7] + ", paused"] * 3, scores[8], scores[9],
+                *[scores[10] + ", the end: press r"] * 2, "rewards +0", f"rewards {rewards[11]:+g}"]
+    assert [captions[0] for _, captions in shown] == expected
+
+
+def test_play_needs_a_display(whole_run, monkeypatch, capfd):
+    """Without a display: one line that says so, and code 2."""
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    refused(capfd, ["--play", whole_run], "display")
+
+
+@pytest.mark.skipif(not (shutil.which("Xvfb") and shutil.which("xdotool")), reason="needs Xvfb and xdotool")
+def test_play_in_a_window(whole_run, tmp_path):
+    """On a virtual display, with real keys: the window appears, space stops it and lets it go on, Q ends the program
+    with code 0."""
+    reading, writing = os.pipe()
+    server = subprocess.Popen(["Xvfb", "-displayfd", str(writing), "-screen", "0", "800x700x24", "-fbdir", tmp_path],
+                              pass_fds=[writing], stderr=subprocess.DEVNULL)
+    try:
+        environment = os.environ | dict(DISPLAY=f":{os.read(reading, 10).decode().strip()}")
+
+        def xdotool(*flags):
+            return subprocess.run(["xdotool", *flags], env=environment, capture_output=True, text=True)
+
+        def screen():
+            return np.frombuffer((tmp_path / "Xvfb_screen0").read_bytes()[-800 * 700 * 4:], np.uint8)
+
+        def wait_until(condition):
+            for _ in range(300):
+                if condition():
+                    return
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.2)
+            pytest.fail("nothing happened in a minute")
+
+        with subprocess.Popen(command("--play", whole_run), env=environment, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True) as process:
+            wait_until(lambda: xdotool("search", "--name", "^iris$").stdout and screen().std() > 5)
+            xdotool("search", "--name", "^iris$", "windowfocus")
+            xdotool("key", "space")
+            time.sleep(1)  # by now it stands still
+            paused = screen()
+            time.sleep(1)
+            assert (screen() == paused).all()
+            xdotool("key", "space")
+            wait_until(lambda: (screen() != paused).any())  # at the least, it no longer says "paused"
+            xdotool("key", "q")
+            assert process.wait(60) == 0 and "Traceback" not in process.stderr.read()  # Qt misses its fonts
+            assert "FIRE" in process.stdout.read()
+    finally:
+        server.terminate()
+        server.wait()
 
 
 # ---- Benchmark: python test_iris.py --benchmark [--compare] ----------------------------------------------------------
@@ -1056,7 +1529,8 @@ def benchmark(argv):
     parser = argparse.ArgumentParser(description=benchmark.__doc__, allow_abbrev=False)
     parser.add_argument("--benchmark", action="store_true")
     parser.add_argument("--compare", action="store_true", help="the plain data flow too, in the same process")
-    parser.add_argument("--only", choices=("plain", "ours"), help="one data flow alone, for its peak memory")
+    parser.add_argument("--only", choices=("plain", "ours"), help="one data flow's updates alone, for its peak memory")
+    parser.add_argument("--eager", action="store_true", help="ours without CUDA graphs")
     parser.add_argument("--frames", type=int, default=2000, help="real steps in the replay")
     parser.add_argument("--measured-updates", type=int, default=3, help="updates in one measurement")
     parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the median counts")
@@ -1065,6 +1539,9 @@ def benchmark(argv):
     args = iris.parse_args([*flags, "--perceptual-loss", "none", "--reconstruction-loss", "l1"])
     plan, n, gpu = types.SimpleNamespace(**vars(args)), options.measured_updates, args.device == "cuda"
     args.updates, args.collect_epochs, args.collect_steps = [n] * 3, options.frames, 1
+    if options.eager:
+        iris.fast = lambda function, args: torch.no_grad()(torch.autocast(
+            args.device, torch.bfloat16, enabled=args.mixed_precision)(function))
     run = iris.Training(args, Path(tempfile.mkdtemp()))
     rng = np.random.default_rng(0)
     while run.replay.size < options.frames:
@@ -1089,37 +1566,62 @@ def benchmark(argv):
         args.collect_steps, run.replay.size = 20, run.replay.size - 20  # in the place of the last ones
         run.collect()
 
+    def imagine():
+        index, valid = run.replay.sample(args.batches[2], args.burn_in + 1, "stop")
+        run.imagine(index, valid, torch.rand(args.batches[2], args.horizon - 1, args.tokens_per_frame + 3,
+                                             device=run.device))
+
     ours, plain = {}, {}
-    print(f"{args.env}, {args.preset} preset, {args.device}, {torch.get_num_threads()} threads, "
+    print(f"{args.game}, {args.preset} preset, {args.device}, {torch.get_num_threads()} threads, "
           f"{'bfloat16' if args.mixed_precision else 'float32'}, batches {args.batches}, {run.replay.size} real steps")
     if options.only != "plain":
         ours["replay, a frame"] = median_seconds(run.tokenize_replay) / run.replay.size
-        ours["tokenizer, an update"] = median_seconds(run.train_tokenizer) / n
-        ours["world model, an update"] = median_seconds(run.train_world_model) / n
-        ours["actor-critic, an update"] = median_seconds(run.train_actor_critic) / n
+        for part, label in zip(run.optimizers, ("tokenizer", "world model", "actor-critic")):
+            ours[f"{label}, an update"] = median_seconds(lambda part=part: run.optimize(part)) / n
+        ours["dream, of that update"] = median_seconds(imagine)
+    if not options.only:
         ours["collection, a step"] = median_seconds(collect) / 20
+        steps = max(2, 160 // plan.eval_games)  # set-up included, which takes a share of any evaluation
+        ours["evaluation, a frame"] = median_seconds(lambda: iris.evaluate(
+            run.agent, args, plan.eval_games, enough=steps)) / steps / plan.eval_games
     if options.compare or options.only == "plain":
         flow = Plain(run)
-        plain["tokenizer, an update"] = median_seconds(flow.tokenizer)
-        plain["world model, an update"] = median_seconds(flow.world_model)
-        plain["actor-critic, an update"] = median_seconds(flow.actor_critic)
+        for part, label in zip(run.optimizers, ("tokenizer", "world model", "actor-critic")):
+            plain[f"{label}, an update"] = median_seconds(getattr(flow, part))
     for label in ours or plain:
         print(f"  {label:24}" + "".join(f"{name} {times[label] * 1e3:10.2f} ms   " for name, times in (
             ("ours", ours), ("plain", plain)) if label in times)
             + (f"{plain[label] / ours[label]:6.2f} times as fast" if label in plain and label in ours else ""))
-    if ours:
-        seconds = 0.0
-        for epoch in range(1, plan.epochs + 1):
-            real = min(epoch, plan.collect_epochs) * plan.collect_steps
-            tokenizing, modelling, dreaming = (epoch >= start for start in plan.starts)
-            seconds += ours["collection, a step"] * plan.collect_steps * (epoch <= plan.collect_epochs)
-            seconds += ours["tokenizer, an update"] * plan.updates[0] * (tokenizing and epoch <= plan.tokenizer_stop)
-            seconds += ours["replay, a frame"] * real * modelling
-            seconds += ours["world model, an update"] * plan.updates[1] * modelling
-            seconds += ours["actor-critic, an update"] * plan.updates[2] * dreaming
-        print(f"  a whole run, evaluations and LPIPS aside: {seconds / 3600:.1f} hours")
     peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"  peak memory {peak / 1e9:.2f} GB")
+    if options.only:
+        return
+    print(f"  imagined frames: {args.batches[2] * args.horizon / ours['dream, of that update']:.0f} a second")
+    updates = dict(zip(("tokenizer", "world model", "actor-critic"), plan.updates))
+    # The frames that an epoch tokenizes grow from the first to the last; halfway stands for all. With batches cut, as
+    # a CPU wants it, they are cut too, so that the shares of an epoch stay what they are.
+    cut = args.batches[1] / iris.parse_args(["--preset", args.preset, "--device", "cpu"]).batches[1]
+    real = plan.collect_epochs * plan.collect_steps / 2 * cut
+    learning = {flow: sum(times[f"{label}, an update"] * count for label, count in updates.items())
+                for flow, times in (("ours", ours), ("plain", plain)) if times}
+    acting = ours["collection, a step"] * plan.collect_steps
+    seconds = learning["ours"] + acting + ours["replay, a frame"] * real
+    print(f"  an epoch, everything on, halfway through: {seconds:.1f} s; its shares: " + ", ".join(
+        f"{name} {part / seconds:.0%}" for name, part in [("collection", acting), (
+            "replay", ours["replay, a frame"] * real)] + [
+            (label, ours[f"{label}, an update"] * count) for label, count in updates.items()]))
+    if plain:
+        print(f"  plain, the same epoch: {learning['plain'] + acting:.1f} s, "
+              f"{(learning['plain'] + acting) / seconds:.2f} times as long")
+    total = 0.0
+    for epoch in range(1, plan.epochs + 1):
+        tokenizing, modelling, dreaming = (epoch >= start for start in plan.starts)
+        total += acting * (epoch <= plan.collect_epochs)
+        total += ours["replay, a frame"] * min(epoch, plan.collect_epochs) * plan.collect_steps * cut * modelling
+        for label, due in (("tokenizer", tokenizing and epoch <= plan.tokenizer_stop), ("world model", modelling),
+                           ("actor-critic", dreaming)):
+            total += ours[f"{label}, an update"] * updates[label] * due
+    print(f"  a whole run at these batches, evaluations and LPIPS aside: {total / 3600:.1f} hours")
 
 
 def kill_and_resume(argv):
@@ -1131,7 +1633,7 @@ def kill_and_resume(argv):
         start = ["--resume", next(folders[1].iterdir())] if kill else [*flags, "--run-dir", folders[1]]
         with subprocess.Popen(command(*start), stdout=subprocess.DEVNULL) as process:
             if kill < kills:
-                while not list(folders[1].glob("*/config.json")):  # before there is a run there is none to resume
+                while not list(folders[1].glob("*/checkpoint.pt")):  # before there is a run there is none to resume
                     time.sleep(0.01)
                 time.sleep(random.uniform(2, 9))
                 assert process.poll() is None, "the run ended before it could be killed"
