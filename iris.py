@@ -4,6 +4,10 @@
 
     python iris.py --env Pong                train; ends with an evaluation and its pictures
     python iris.py --resume runs/NAME        go on, exactly where a run stopped
+    python iris.py --eval runs/NAME          100 whole games (also of an authors' checkpoint: --eval Pong.pt --env Pong)
+    python iris.py --dream runs/NAME         pictures and a video from inside the world model
+    python iris.py --play runs/NAME          you play, inside the world model
+    python iris.py --report runs             the table over all runs below a folder
 
 The paper is "Transformers are Sample-Efficient World Models" (Micheli, Alonso, Fleuret, ICLR 2023, arXiv:2209.00588);
 sections, equations and appendices cited below are its.
@@ -67,8 +71,13 @@ def parse_args(argv=None):
     parser.error = lambda message: parser.exit(2, f"iris.py: {message} (see python iris.py --help)\n")
     group, three = parser.add_argument_group, dict(type=int, nargs=3, metavar=("TOK", "WM", "AC"))
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    add_argument = group("run").add_argument
+    add_argument = group("what to do; default: train").add_mutually_exclusive_group().add_argument
     add_argument("--resume", metavar="RUN", help="go on with this run folder; its flags are taken from there")
+    add_argument("--eval", metavar="RUN", help="play --final-games with this run, or with an authors' checkpoint")
+    add_argument("--dream", metavar="RUN", help="pictures and a video from inside this run's world model")
+    add_argument("--play", metavar="RUN", help="you play inside this run's world model, in a window")
+    add_argument("--report", metavar="FOLDER", help="the table over all evaluated runs below this folder")
+    add_argument = group("run").add_argument
     add_argument("--env", default="Pong", help="game: Pong, or ALE/Pong-v5")
     add_argument("--preset", default="auto", choices=("auto", "paper", "small"), help="small: for two CPU cores")
     add_argument("--exp-name", default="iris", help="goes into the run's name")
@@ -117,8 +126,8 @@ def parse_args(argv=None):
     add_argument("--entropy-coef", type=float, default=0.001, help="weight of the entropy bonus")
     args = parser.parse_args(argv)
     device = best if args.device == "auto" else args.device
-    run = args.resume
-    if run:  # its own flags are the defaults
+    run = args.resume or args.eval or args.dream or args.play
+    if run:  # its own flags are the defaults; an authors' checkpoint has none, and is the paper's
         config = dict(preset="paper") | read_checkpoint(Path(run)).get("args", {}) | dict(resume=None)
     else:
         config = dict(preset=args.preset if args.preset != "auto" else "small" if device == "cpu" else "paper")
@@ -622,7 +631,27 @@ def rename_official(state_dict, names):
         return torch.cat([state_dict[name.replace("qkv", part)] for part in (parts if "qkv" in name else parts[:1])])
     return {name: fetch(name) for name in names}
 
+def load_agent(args):
+    """The agent of --eval, --dream or --play: a run's, or the authors'. InputError if it does not fit the flags."""
+    state, agent = read_checkpoint(Path(args.run)), Agent(args, int(make_env(args.env).single_action_space.n)).eval()
+    try:
+        agent.load_state_dict(state["agent"] if "agent" in state else rename_official(state, agent.state_dict()))
+    except (KeyError, RuntimeError) as error:
+        raise InputError(f"{args.run} does not fit the flags, or the game's actions: {str(error)[:150]}") from None
+    return agent.to(args.device, memory_format=torch.channels_last)
+
 # ---- 9. Evaluation: whole real games, and how healthy each network is ------------------------------------------------
+SCORES = dict(  # game: mean score of random play, of a human, and of IRIS (the paper's five seeds)
+    Alien=(227.8, 7127.7, 420.02), Amidar=(5.8, 1719.5, 142.98), Assault=(222.4, 742, 1524.4),
+    Asterix=(210, 8503.3, 853.6), BankHeist=(14.2, 753.1, 53.08), BattleZone=(2360, 37187.5, 13074),
+    Boxing=(0.1, 12.1, 70.06), Breakout=(1.7, 30.5, 83.66), ChopperCommand=(811, 7387.8, 1565),
+    CrazyClimber=(10780.5, 35829.4, 59324.2), DemonAttack=(152.1, 1971, 2034.36), Freeway=(0, 29.6, 31.06),
+    Frostbite=(65.2, 4334.7, 259.12), Gopher=(257.6, 2412.5, 2236.12), Hero=(1027, 30826.4, 7037.4),
+    Jamesbond=(29, 302.8, 462.7), Kangaroo=(52, 3035, 838.2), Krull=(1598, 2665.5, 6616.42),
+    KungFuMaster=(258.5, 22736.3, 21759.8), MsPacman=(307.3, 6951.6, 999.06), Pong=(-20.7, 14.6, 14.6),
+    PrivateEye=(24.9, 69571.3, 100), Qbert=(163.9, 13455, 745.72), RoadRunner=(11.5, 7845, 9614.6),
+    Seaquest=(68.4, 42054.7, 661.32), UpNDown=(533.4, 11693.2, 3546.2))
+
 def fast(function, args):
     """Wraps a function of tensors: no gradient, mixed precision and, on a GPU, recorded once as a CUDA graph."""
     # A dream is tens of thousands of tiny kernels, each quicker to run than to launch. A CUDA graph records them once
@@ -639,8 +668,8 @@ def fast(function, args):
         return graphs[0](*inputs)
     return replay if args.device == "cuda" else run
 
-def evaluate(agent, args, games):
-    """Plays whole games -> scores (games,), [frames, actions, rewards, ends] of game 0."""
+def evaluate(agent, args, games, enough=None):
+    """Plays whole games -> scores (games,), [frames, actions, rewards, ends] of game 0; stops at `enough` of these."""
     # Every game has its own seed for the emulator and its own stream of random numbers for the policy, and every game
     # counts. So a return depends, up to rounding, neither on how many are played side by side nor on which end first.
     env, device, numbers = make_env(args.env, games, training=False), torch.device(args.device), np.arange(games)
@@ -648,7 +677,7 @@ def evaluate(agent, args, games):
     streams, state = [np.random.default_rng([args.seed, n]) for n in numbers], agent.actor_critic.initial_state(games)
     frames, info = env.reset(seed=args.seed * 100_000 + 50_000 + numbers)
     returns, playing = np.zeros(games), np.ones(games, bool)
-    while playing.any():
+    while playing.any() and len(recording) != enough:
         u = torch.tensor([stream.random() for stream in streams], dtype=torch.float32, device=device)
         actions, state = act(torch.from_numpy(frames[:, 0]).to(device), u, *state)
         taken, before, lives = actions.cpu().numpy(), frames, info["lives"]
@@ -700,8 +729,43 @@ def evaluation(agent, args, games, folder, name):
     result = dict(game=args.game, returns=returns.tolist(), **metrics)
     file = "eval.json" if name == "final" else f"media/{name}/returns.json"
     write_atomically(folder / file, json.dumps(result, indent=1).encode())
-    print(f"{args.game}, {games} games: mean {returns.mean():.1f}, standard deviation {returns.std():.1f}")
+    random, human, iris = SCORES.get(args.game, (math.nan,) * 3)
+    print(f"{args.game}, {games} games: mean {returns.mean():.1f}, standard deviation {returns.std():.1f}; random "
+          f"{random:g}, human {human:g}, IRIS {iris:g}, normalised {(returns.mean() - random) / (human - random):.3f}")
     return metrics
+
+def report(folder):
+    """Prints, in markdown, all runs below a folder that have an eval.json, and what they say together."""
+    runs, games = {}, []
+    for path in sorted(folder.rglob("eval.json")):
+        try:
+            result = json.loads(path.read_text())
+            runs.setdefault(result["game"], []).append(float(np.mean(result["returns"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error!r:.80}): evaluate its run again, or take it away") from None
+    if not runs:
+        raise InputError(f"--report {folder}: no run below it has an eval.json")
+    print("| game | seeds | mean (each seed) | human-normalised | random | human | IRIS |\n" + "| --- " * 7 + "|")
+    for game, means in sorted(runs.items()):
+        random, human, iris = SCORES.get(game, (math.nan,) * 3)
+        normalised = (np.array(means) - random) / (human - random)  # (seeds,)
+        games += [normalised] if game in SCORES else []
+        print(f"| {game} | {len(means)} | {np.mean(means):.1f} ({', '.join(f'{x:.1f}' for x in means)}) | "
+              f"{normalised.mean():.3f} | {random:g} | {human:g} | {iris:g} |")
+    if games:  # 95 % intervals as in Agarwal et al. 2021: within each game, its seeds are drawn again, with replacement
+        rng = np.random.default_rng(0)
+        draws = [aggregate([rng.choice(game, len(game)) for game in games]) for _ in range(2000)]
+        low, high = np.percentile(draws, (2.5, 97.5), axis=0)
+        print(f"\n| over {len(games)} games | value | 95 % interval |\n| --- | --- | --- |")
+        for row in zip(("mean", "median", "interquartile mean", "optimality gap", "games above human"),
+                       aggregate(games), low, high):
+            print("| {} | {:.3f} | {:.3f} to {:.3f} |".format(*row))
+
+def aggregate(games):
+    """Human-normalised scores (seeds,) of each game -> mean, median, interquartile mean, optimality gap, games > 1."""
+    means, runs = np.array([game.mean() for game in games]), np.sort(np.concatenate(games))
+    middle = runs[len(runs) // 4:len(runs) - len(runs) // 4]
+    return means.mean(), np.median(means), middle.mean(), 1 - runs.clip(max=1).mean(), (means > 1).sum()
 
 # ---- 10. Pictures: a world model is something to look at -------------------------------------------------------------
 def to_pixels(frames):
@@ -722,9 +786,9 @@ def picture(rows, scale=3, margin=130):
 
 @torch.no_grad()
 def write_pictures(agent, args, recording, folder):
-    """Two pictures of a recorded real game, as the tokenizer and the world model see it."""
-    (frames, actions, rewards, _), n = recording, len(recording[0])
-    H, real, generator = args.horizon, frames.cpu().numpy(), torch.Generator().manual_seed(0)
+    """Four pictures and a video of a recorded real game, as the tokenizer and the world model see it."""
+    (frames, actions, rewards, ends), n = recording, len(recording[0])
+    T, H, real, generator = args.sequence_length, args.horizon, frames.cpu().numpy(), torch.Generator().manual_seed(0)
     tokens, drawn = agent.tokenizer.look(frames)  # (n, K), (n, 3, 64, 64)
     folder.mkdir(parents=True, exist_ok=True)
     def write(name, *rows):
@@ -739,12 +803,63 @@ def write_pictures(agent, args, recording, folder):
     write("reconstructions", ("real", real[some], ()), ("reconstructed", rebuilt, ()),
           ("difference", cv2.absdiff(real[some], rebuilt), ()))
     # The world model, around the first reward. From one real frame, given the actions that followed, it should dream
-    # what really happened.
+    # what really happened; when the policy chooses the actions, it dreams other futures of that frame.
     scored = rewards.nonzero().flatten().tolist() + [n // 2]  # none: the middle
     first = max(0, min(scored[0] - H // 2, n - H))
     window, start = slice(first, first + H), (tokens[first:first + 1], actions[:0], drawn[first])
     same = to_pixels(imagine(*start, 1, H - 1, actions[None, first:first + H - 1])["frames"])
     write("dream", ("real", real[window], ()), ("dreamt", same[0], ()))
+    futures = to_pixels(imagine(*start, 4, H - 1)["frames"])
+    write("futures", *((f"future {i + 1}", future, ()) for i, future in enumerate(futures)))
+    # What it expects of these real steps, below what came: the reward's sign, and how likely the episode ends.
+    _, reward, end = (x[0] for x in agent.world_model.predict(tokens[None, window], actions[None, window]))
+    chances = reward.softmax(-1)  # (H, 3) for the signs -1, 0, 1
+    expected = chances[:, 2] - chances[:, 0] if reward.shape[-1] == 3 else reward[:, 0]
+    came, told = ([f"reward {r:+.2f} end {e:.2f}" for r, e in zip(*pair)] for pair in (
+        (rewards[window], ends[window]), (expected, end.softmax(-1)[:, 1])))
+    write("rewards", ("real", real[window], came), ("expected", to_pixels(drawn[window]), told))
+    # Far beyond the training horizon: the dream goes on from its own last frames, given the actions really played.
+    words, clip, steps = tokens[:1], [drawn[0]], T - T // 2
+    while len(clip) + steps <= min(n, 10 * H):
+        t, known = len(clip), min(len(clip), T // 2)
+        given = actions[None, t - 1:t - 1 + steps]
+        more = imagine(words[-known:], actions[t - known:t - 1], clip[-1], 1, steps, given)
+        words, clip = torch.cat([words, more["tokens"][0, 1:]]), clip + list(more["frames"][0, 1:])
+    images = [picture([("", np.stack([x, to_pixels(y)]), ("real", "dreamt"))], 6, 0) for x, y in zip(real, clip)]
+    writer = cv2.VideoWriter(str(folder / "dream.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 15, images[0].shape[1::-1])
+    for image in images:
+        writer.write(image)
+    writer.release()
+
+KEYS = dict(FIRE="f", UP="w", LEFT="a", DOWN="s", RIGHT="d", UPLEFT="t", UPRIGHT="y", DOWNLEFT="g", DOWNRIGHT="h")
+
+@torch.no_grad()
+def play(agent, args):
+    """The world model as a game, in a window; you are the policy."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY", os.environ.get("WAYLAND_DISPLAY")):
+        raise InputError("--play opens a window, and there is no display to open it on (--dream writes pictures)")
+    names = gym.make(args.env).unwrapped.get_action_meanings()
+    keys = [KEYS[name] if name in KEYS else KEYS[name.removesuffix("FIRE")].upper() for name in names[1:]]  # 0: NOOP
+    print(", ".join(f"{key} {name}" for key, name in zip(keys, names[1:])),
+          "r start from another real frame, space pause, q quit", sep="; ", flush=True)
+    frames = evaluate(agent, args, 1, enough=300)[1][0]
+    T, paused, key = args.sequence_length, False, ord("r")
+    while key != ord("q"):
+        if key == ord("r"):
+            words, frame = agent.tokenizer.look(frames[torch.randint(len(frames), (1,))])
+            tokens, past, score, end = words[None], words[:, :0], 0.0, False  # (1, 1, K), (1, 0)
+        elif not paused and not end:
+            action = past.new_tensor([[keys.index(chr(key)) + 1 if chr(key) in keys else 0]])
+            u = torch.rand(1, 1, args.tokens_per_frame + 3, device=past.device)
+            dreamt = dream(agent, tokens, past, frame, agent.actor_critic.initial_state(1), u, action)
+            tokens = torch.cat([tokens, dreamt["tokens"][:, 1:]], dim=1)[:, 1 - T:]  # the past that it can see
+            past, frame = torch.cat([past, action], 1)[:, past.shape[1] + 2 - tokens.shape[1]:], dreamt["frames"][:, 1]
+            score, end = score + float(dreamt["rewards"]), bool(dreamt["ends"])
+        caption = f"rewards {score:+g}" + ", the end: press r" * end + ", paused" * paused
+        cv2.imshow("iris", picture([("", to_pixels(frame), (caption,))], 8, 0))
+        key = cv2.waitKey(66) & 255  # at least 15 frames a second; 255: no key
+        paused ^= key == ord(" ")
+
 # ---- 11. Training: collect, then train the three parts, six hundred times --------------------------------------------
 class Training:
     """All that a run consists of. The phases of an epoch are methods that return metrics; train() is the schedule."""
@@ -956,9 +1071,21 @@ def main(argv=None):
         args = parse_args(argv)
         torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not args.torch_deterministic
-        name = f"{args.game}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = Path(args.resume or Path(args.run_dir) / name)
-        train(args, folder)
+        if args.report:
+            report(Path(args.report))
+        elif args.play:
+            play(load_agent(args), args)
+        elif args.dream or args.eval:
+            agent, path = load_agent(args), Path(args.run)
+            results = path if path.is_dir() else path.with_suffix(".results")  # beside an authors' Pong.pt
+            if args.eval:
+                evaluation(agent, args, args.final_games, results, "final")
+            else:
+                write_pictures(agent, args, evaluate(agent, args, 1, enough=1000)[1], results / "media" / "dream")
+        else:
+            name = f"{args.game}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+            folder = Path(args.resume or Path(args.run_dir) / name)
+            train(args, folder)
         return 0
     except (InputError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         code, message = {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2), str(error) or "stopped"
