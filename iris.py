@@ -55,7 +55,7 @@ class InputError(ValueError):
 # ---- 1. Flags: every number of the paper in one place ----------------------------------------------------------------
 # The defaults are the paper's. SMALL is what two CPU cores can do in half an hour: the same algorithm with smaller
 # networks on a shorter schedule. A flag given on the command line overrides either.
-PRESETS = dict(paper="hours on a GPU (--preset small: a first look)", small="half an hour on two cores, a first look")
+PRESETS = dict(paper="some hours on a GPU", small="for machines without a GPU: half an hour on two cores, a first look")
 SMALL = dict(
     epochs=11, collect_epochs=11, collect_steps=800, eval_every=6, eval_games=2, final_games=8,
     starts=[1, 5, 7], tokenizer_stop=4, updates=[900, 90, 120], batches=[8, 32, 32], learning_rate=1e-3,

@@ -5,6 +5,7 @@ a brute force, the bare emulator, a killed process.
     python -m pytest test_iris.py              some minutes on two cores; needs neither a GPU nor a network
     python test_iris.py --benchmark --compare  speed, and how it compares with the plain data flow
     python test_iris.py --kills 20             a run killed twenty times, against one that was not
+    python test_iris.py --baselines Krull      random play and constant actions, fifty games each
 """
 import argparse
 import base64
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import ale_py
 import cv2
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -1646,5 +1648,23 @@ def kill_and_resume(argv):
     return 0 if equal else 1
 
 
+def baselines(argv):
+    """What an agent has to beat: random play and each constant action, over whole games as in iris.evaluate."""
+    game, games = argv[argv.index("--baselines") + 1], 50
+    rng, names = np.random.default_rng(0), gymnasium.make(f"ALE/{game}-v5").unwrapped.get_action_meanings()
+    for action, name in enumerate(["random", *names], start=-1):
+        env, scores = iris.make_env(f"ALE/{game}-v5", games, training=False), np.zeros(games)
+        playing = np.ones(games, bool)
+        env.reset(seed=150_000 + np.arange(games))
+        while playing.any():
+            actions = rng.integers(len(names), size=games) if name == "random" else np.full(games, action)
+            _, rewards, terminated, truncated, _ = env.step(actions)
+            scores += rewards * playing
+            playing &= ~(terminated | truncated)
+        interval = 1.96 * scores.std(ddof=1) / math.sqrt(games)
+        print(f"{game}, {name:13}: {scores.mean():8.1f} +- {interval:.1f} (95 %), {games} games", flush=True)
+
+
 if __name__ == "__main__":
-    sys.exit(kill_and_resume(sys.argv) if "--kills" in sys.argv else benchmark(sys.argv[1:]))
+    scripts = {"--kills": kill_and_resume, "--baselines": baselines, "--benchmark": benchmark}
+    sys.exit(next(script for flag, script in scripts.items() if flag in sys.argv)(sys.argv[1:]))
