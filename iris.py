@@ -489,7 +489,7 @@ class ActorCritic(nn.Module):
         self.cnn = nn.Sequential(*layers, nn.Flatten())  # (N, 3, 64, 64) -> (N, 64 * 4 * 4)
         self.lstm = nn.LSTMCell(64 * (4 // args.policy_shrink) ** 2, args.lstm_size)
         self.actor, self.critic = nn.Linear(args.lstm_size, num_actions), nn.Linear(args.lstm_size, 1)
-        # torch's default lets through a hundredth of what differs between two frames: the policy would start blind.
+        # torch's default lets through some 3 % of what differs between frames: the policy would start nearly blind.
         for p in self.cnn.parameters():
             nn.init.orthogonal_(p, math.sqrt(2)) if p.dim() > 1 else nn.init.zeros_(p)
         nn.init.orthogonal_(self.lstm.weight_ih)
