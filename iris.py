@@ -58,7 +58,7 @@ class InputError(ValueError):
 PRESETS = dict(paper="some hours on a GPU", small="for machines without a GPU: half an hour on two cores, a first look")
 SMALL = dict(
     epochs=11, collect_epochs=11, collect_steps=800, eval_every=6, eval_games=2, final_games=8,
-    starts=[1, 5, 7], tokenizer_stop=4, updates=[900, 90, 80], batches=[8, 32, 32], learning_rate=1e-3,
+    starts=[1, 5, 7], tokenizer_stop=4, updates=[2000, 90, 80], batches=[8, 32, 32], learning_rate=1e-3,
     revive_codes=100, stem_stride=16, tokenizer_blocks=0, embed_dim=64, sequence_length=10, layers=4, width=128,
     dropout=0.0, lstm_size=256, policy_shrink=2, burn_in=4, horizon=10, gamma=0.95, entropy_coef=0.01)
 MAY_BE_ZERO = {"seed", "revive_codes", "tokenizer_blocks", "epsilon", "dropout", "gamma", "td_lambda", "entropy_coef"}

@@ -25,6 +25,7 @@ import tempfile
 import time
 import types
 import zlib
+from functools import partial
 from pathlib import Path
 
 import ale_py
@@ -943,7 +944,9 @@ def finish(*flags, **options):
 
 def start_and_stop(run_dir, epoch, how, delay):
     """Starts a training, waits for the end of an epoch and a little longer, and sends a signal."""
-    with subprocess.Popen(command(*SCHEDULE, "--run-dir", run_dir), stderr=subprocess.PIPE, text=True) as process:
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
+    with subprocess.Popen(command(*SCHEDULE, "--run-dir", run_dir), stderr=subprocess.PIPE, text=True,
+                          preexec_fn=listen) as process:
         while not [path for path in run_dir.glob("*/checkpoint.pt") if iris.read_checkpoint(path)["epoch"] >= epoch]:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
@@ -1139,7 +1142,7 @@ def change_flags(folder, **flags):
     (lambda run: (run / "checkpoint.pt").unlink(), "", "checkpoint.pt"),
     (lambda run: change_flags(run, gamma=None), "", "--gamma"),
     (lambda run: None, "--layers 3", "--layers is 1"),
-    (lambda run: None, "--gamma 0.5", "--gamma is 0.995"),
+    (lambda run: None, "--gamma 0.5", "--gamma is 0.95"),
     (lambda run: edit(run / "checkpoint.pt", lambda x, n: x[:n] + bytes(9) + x[n + 9:]), "", "damaged"),
     (lambda run: edit(run / "checkpoint.pt", lambda x, n: x[:n]), "", "checkpoint.pt"),
     (lambda run: (run / "checkpoint.pt").write_text("not a checkpoint"), "", "checkpoint.pt"),
