@@ -58,7 +58,7 @@ class InputError(ValueError):
 PRESETS = dict(paper="some hours on a GPU", small="for machines without a GPU: half an hour on two cores, a first look")
 SMALL = dict(
     epochs=11, collect_epochs=11, collect_steps=800, eval_every=6, eval_games=2, final_games=8,
-    starts=[1, 5, 7], tokenizer_stop=4, updates=[2000, 90, 80], batches=[8, 32, 32], learning_rate=1e-3,
+    starts=[1, 5, 7], tokenizer_stop=4, updates=[2000, 180, 60], batches=[8, 32, 32], learning_rate=1e-3,
     revive_codes=100, stem_stride=16, tokenizer_blocks=0, embed_dim=64, sequence_length=10, layers=4, width=128,
     dropout=0.0, lstm_size=256, policy_shrink=2, burn_in=4, horizon=10, gamma=0.95, entropy_coef=0.01)
 MAY_BE_ZERO = {"seed", "revive_codes", "tokenizer_blocks", "epsilon", "dropout", "gamma", "td_lambda", "entropy_coef"}
@@ -368,7 +368,7 @@ class LPIPS(nn.Module):
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 HEADS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
 
-def load_lpips(wanted):
+def load_lpips(wanted, device):
     """LPIPS with published weights, from torch hub's cache or the net; without them InputError, or None for "auto"."""
     fetch = partial(torch.hub.load_state_dict_from_url, map_location="cpu", weights_only=True, check_hash=True)
     try:  # check_hash compares the download with the hash in the file's name
@@ -376,7 +376,7 @@ def load_lpips(wanted):
         weights = {name: value for name, value in vgg.items() if name.startswith("features.")}
         lpips = LPIPS()
         lpips.load_state_dict(weights | {f"heads.{i}.weight": heads[f"lin{i}.model.1.weight"] for i in range(5)})
-        return lpips
+        return lpips.to(device, memory_format=torch.channels_last)
     except Exception as error:  # no network, a wrong hash, a damaged file, a tensor missing: it cannot be had
         why = (f"LPIPS weights cannot be had ({error!r:.100}); put {VGG_URL} and {HEADS_URL} (as "
                f"lpips_vgg-a78928a0.pth) into {torch.hub.get_dir()}/checkpoints")
@@ -486,13 +486,15 @@ class ActorCritic(nn.Module):
         for width in (32, 32, 64, 64):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
             channels = width
-        self.cnn = nn.Sequential(*layers, nn.Flatten())  # (N, 3, 64, 64) -> (N, 64 * 4 * 4)
+        # (N, 3, 64, 64) -> (N, F): 64 channels of 4 x 4 places, so F = 1024, or fewer places where the policy shrinks.
+        self.cnn = nn.Sequential(*layers, nn.Flatten())
         self.lstm = nn.LSTMCell(64 * (4 // args.policy_shrink) ** 2, args.lstm_size)
         self.actor, self.critic = nn.Linear(args.lstm_size, num_actions), nn.Linear(args.lstm_size, 1)
         # torch's default lets through some 3 % of what differs between frames: the policy would start nearly blind.
         for p in self.cnn.parameters():
             nn.init.orthogonal_(p, math.sqrt(2)) if p.dim() > 1 else nn.init.zeros_(p)
         nn.init.orthogonal_(self.lstm.weight_ih)
+        self.cnn.to(memory_format=torch.channels_last)  # half as fast again on a CPU; slower where there is a GroupNorm
 
     def initial_state(self, batch):
         """An empty memory."""
@@ -501,7 +503,7 @@ class ActorCritic(nn.Module):
     def forward(self, frames, state, valid=None):
         """Drawn frames (B, T, 3, 64, 64), memory before them -> logits (B, T, A), values (B, T), memory after them."""
         # valid (B, T) is false on the left where there is padding, which leaves the memory empty.
-        features, h = self.cnn(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]), []  # (B, T, 1024)
+        features, h = self.cnn(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]), []  # (B, T, F)
         for t in range(frames.shape[1]):
             state = self.lstm(features[:, t], state)
             state = state if valid is None else tuple(part * valid[:, t, None] for part in state)  # padding: empty
@@ -638,7 +640,7 @@ def load_agent(args):
         agent.load_state_dict(state["agent"] if "agent" in state else rename_official(state, agent.state_dict()))
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{args.run} does not fit the flags, or the game's actions: {str(error)[:150]}") from None
-    return agent.to(args.device, memory_format=torch.channels_last)
+    return agent.to(args.device)
 
 # ---- 9. Evaluation: whole real games, and how healthy each network is ------------------------------------------------
 SCORES = dict(  # game: mean score of random play, of a human, and of IRIS (the paper's five seeds)
@@ -867,13 +869,11 @@ class Training:
         self.args, self.folder, self.device = args, folder, torch.device(args.device)
         torch.manual_seed(args.seed)
         self.game = Game(args.env, args.seed * 100_000)
-        self.agent = Agent(args, self.game.num_actions).eval()
-        self.perceptual = None if args.perceptual_loss == "none" else load_lpips(args.perceptual_loss)
+        self.agent = Agent(args, self.game.num_actions).eval().to(self.device)
+        self.perceptual = None if args.perceptual_loss == "none" else load_lpips(args.perceptual_loss, args.device)
         args.perceptual_loss = "lpips" if self.perceptual else "none"  # for config.json
         if args.reconstruction_loss == "auto":  # without LPIPS, squares learn small moving things much sooner
             args.reconstruction_loss = "l1" if self.perceptual else "l2"
-        for network in filter(None, (self.agent, self.perceptual)):
-            network.to(self.device, memory_format=torch.channels_last)  # doubles the speed of the policy's CNN on a CPU
         self.amp = torch.autocast(args.device, torch.bfloat16, enabled=args.mixed_precision)
         self.replay = Replay(args.collect_epochs * args.collect_steps, args.tokens_per_frame,
                              torch.bfloat16 if args.mixed_precision else torch.float32, self.device)

@@ -280,12 +280,12 @@ def test_lpips_weights(cached, tmp_path, monkeypatch, capfd, paper, official):
         tokenizer, frames = paper[0].tokenizer, paper[2]
         with torch.no_grad():
             drawn = tokenizer.decoder(tokenizer.embed(tokenizer.look(frames)[0]))
-            close(iris.load_lpips("lpips")(iris.to_network(frames), drawn).mean(), 0.119931)
+            close(iris.load_lpips("lpips", "cpu")(iris.to_network(frames), drawn).mean(), 0.119931)
     else:
         with pytest.raises(iris.InputError, match="hash"):
-            iris.load_lpips("lpips")
+            iris.load_lpips("lpips", "cpu")
         capfd.readouterr()
-        assert iris.load_lpips("auto") is None
+        assert iris.load_lpips("auto", "cpu") is None
         told = capfd.readouterr().out.splitlines()[-1]  # after torch's "Downloading"
         assert "hash" in told and "no perceptual loss" in told
         assert not any(path.is_file() for path in (tmp_path / "hub").rglob("*"))
