@@ -13,15 +13,15 @@ The paper is "Transformers are Sample-Efficient World Models" (Micheli, Alonso, 
 sections, equations and appendices cited below are its.
 """
 # A discrete autoencoder turns every frame into a few tokens, so a game becomes a text. A GPT learns how that text goes
-# on: next frame, reward, end. Sampling from the GPT is a dream of the game, and the policy learns in dreams only. Two
-# hours of real play feed the autoencoder and the GPT, nothing else.
+# on: next frame, reward, end. Sampling from the GPT is a dream of the game, and the policy learns in dreams only: two
+# hours of real play teach the autoencoder and the GPT; to the policy they show the few frames that lead to a dream.
 #
 #      real frame                                        reward, end, next frame's tokens
 #          |  encoder                                              ^
 #      K = 16 tokens of 512 words  ------------->  transformer over T = 20 steps of K + 1 tokens
 #          |  decoder                                              ^
 #      reconstructed frame  ---->  actor-critic (CNN, LSTM)  ----> action
-# Read it top to bottom. A letter has one meaning: B batch, T time steps, K tokens a frame, S = T (K + 1) positions,
+# Read it top to bottom. A letter has one meaning: B batch, T time steps, K tokens a frame, S positions (a step has K + 1),
 # D width of the transformer, nh heads of size hs, V vocabulary, E size of a code, g = sqrt(K) side of the token grid,
 # C channels, A actions, L size of the LSTM, H frames of a dream, N images or anything.
 import argparse
@@ -300,7 +300,7 @@ class Tokenizer(nn.Module):
             decoder |= level(f"up_{i}", size, args.tokenizer_blocks + 1)
             if i > 0:
                 decoder[f"up_{i}_upsample"] = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(C, C, 3, padding=1))
-        # A stem of stride s sees s x s pixels at once; the decoder returns them as channels, shuffled back into place.
+        # A stem of stride s makes one place of s x s pixels; the decoder returns them as 3 s^2 channels, laid out again.
         self.encoder = nn.Sequential(OrderedDict(encoder | middle() | output(E), pre_quant=nn.Conv2d(E, E, 1)))
         self.decoder = nn.Sequential(OrderedDict(decoder | output(3 * stride ** 2), pixels=nn.PixelShuffle(stride)))
         self.codebook = nn.Embedding(args.vocab_size, E)
@@ -328,7 +328,7 @@ class Tokenizer(nn.Module):
 
     def loss(self, x, perceptual, reconstruction_loss):
         """Equation 1 on frames x (N, 3, 64, 64) in [-1, 1] -> loss, metrics. perceptual: LPIPS or None."""
-        # L = |x - D(z_q)| + |sg(z) - z_q|^2 + |z - sg(z_q)|^2 + LPIPS(x, D(z_q)); sg stops the gradient.
+        # L = |x - D(z_q)| + |sg(z) - z_q|^2 + |z - sg(z_q)|^2 + LPIPS(x, D(z_q)), all means; sg stops the gradient.
         z = self.encoder(x)  # (N, E, g, g)
         z_q = self.embed(self.quantize(z))
         # Straight through: the value is z_q, while the gradient passes to z as if nothing had been rounded.
@@ -455,7 +455,7 @@ class WorldModel(nn.Module):
         return self.head_token(predicting).flatten(1, 2), self.head_reward(h[:, :, K]), self.head_end(h[:, :, K])
 
     def loss(self, tokens, actions, rewards, ends, valid):
-        """Segments (B, T, ...), valid (B, T) -> the sum of three cross-entropies, means over the valid; metrics."""
+        """Segments (B, T, ...), valid (B, T) -> loss, metrics: tokens, rewards and ends, each a mean over the valid."""
         token_logits, reward_logits, end_logits = (logits.float() for logits in self.predict(tokens, actions))
         # The i-th prediction is about the i+1-th frame token of the segment. The very first token is given; the last
         # action predicts a frame that is not in the segment. Targets of -100 are skipped by cross_entropy.
@@ -486,8 +486,7 @@ class ActorCritic(nn.Module):
         for width in (32, 32, 64, 64):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
             channels = width
-        # (N, 3, 64, 64) -> (N, F): 64 channels of 4 x 4 places, so F = 1024, or fewer places where the policy shrinks.
-        self.cnn = nn.Sequential(*layers, nn.Flatten())
+        self.cnn = nn.Sequential(*layers, nn.Flatten())  # (N, 3, 64, 64) -> (N, F), F = 1024 if nothing is shrunk
         self.lstm = nn.LSTMCell(64 * (4 // args.policy_shrink) ** 2, args.lstm_size)
         self.actor, self.critic = nn.Linear(args.lstm_size, num_actions), nn.Linear(args.lstm_size, 1)
         # torch's default lets through some 3 % of what differs between frames: the policy would start nearly blind.
@@ -723,17 +722,17 @@ def held_out_metrics(agent, recording, T):
     return {name: float(value) for name, value in metrics.items()}
 
 def evaluation(agent, args, games, folder, name):
-    """Plays, measures all three networks and draws pictures of the first game; writes eval.json -> metrics."""
+    """Plays, measures all three networks and draws pictures of the first game; writes all scores (eval.json, if "final") -> metrics."""
     returns, recording = evaluate(agent, args, games)
     write_pictures(agent, args, recording, folder / "media" / name)
     metrics = dict(eval_return=float(returns.mean()), eval_std=float(returns.std()),
-                   **held_out_metrics(agent, recording, args.sequence_length))
-    result = dict(game=args.game, returns=returns.tolist(), **metrics)
-    file = "eval.json" if name == "final" else f"media/{name}/returns.json"
-    write_atomically(folder / file, json.dumps(result, indent=1).encode())
+                   **held_out_metrics(agent, recording, min(args.sequence_length, len(recording[0]))))
+    result = json.dumps(dict(game=args.game, returns=returns.tolist(), **metrics), indent=1).encode()
+    write_atomically(folder / ("eval.json" if name == "final" else f"media/{name}/returns.json"), result)
     random, human, iris = SCORES.get(args.game, (math.nan,) * 3)
-    print(f"{args.game}, {games} games: mean {returns.mean():.1f}, standard deviation {returns.std():.1f}; random "
-          f"{random:g}, human {human:g}, IRIS {iris:g}, normalised {(returns.mean() - random) / (human - random):.3f}")
+    print((f"{args.game}, {games} games: mean {returns.mean():.1f}, standard deviation {returns.std():.1f}; random "
+           f"{random:g}, human {human:g}, IRIS {iris:g}, normalised {(returns.mean() - random) / (human - random):.3f}"
+           ).replace("nan", "-"))  # a game outside the 26 has its raw score only
     return metrics
 
 def report(folder):
@@ -753,7 +752,7 @@ def report(folder):
         normalised = (np.array(means) - random) / (human - random)  # (seeds,)
         games += [normalised] if game in SCORES else []
         print(f"| {game} | {len(means)} | {np.mean(means):.1f} ({', '.join(f'{x:.1f}' for x in means)}) | "
-              f"{normalised.mean():.3f} | {random:g} | {human:g} | {iris:g} |")
+              f"{normalised.mean():.3f} | {random:g} | {human:g} | {iris:g} |".replace("nan", "-"))
     if games:  # 95 % intervals as in Agarwal et al. 2021: within each game, its seeds are drawn again, with replacement
         rng = np.random.default_rng(0)
         draws = [aggregate([rng.choice(game, len(game)) for game in games]) for _ in range(2000)]
@@ -790,7 +789,8 @@ def picture(rows, scale=3, margin=130):
 def write_pictures(agent, args, recording, folder):
     """Four pictures and a video of a recorded real game, as the tokenizer and the world model see it."""
     (frames, actions, rewards, ends), n = recording, len(recording[0])
-    T, H, real, generator = args.sequence_length, args.horizon, frames.cpu().numpy(), torch.Generator().manual_seed(0)
+    T, H = args.sequence_length, min(args.horizon, n)
+    real, generator = frames.cpu().numpy(), torch.Generator().manual_seed(0)
     tokens, drawn = agent.tokenizer.look(frames)  # (n, K), (n, 3, 64, 64)
     folder.mkdir(parents=True, exist_ok=True)
     def write(name, *rows):
@@ -837,8 +837,8 @@ KEYS = dict(FIRE="f", UP="w", LEFT="a", DOWN="s", RIGHT="d", UPLEFT="t", UPRIGHT
 
 @torch.no_grad()
 def play(agent, args):
-    """The world model as a game, in a window; you are the policy."""
-    if sys.platform == "linux" and not os.environ.get("DISPLAY", os.environ.get("WAYLAND_DISPLAY")):
+    """The world model as a game, in a window; you are the policy. Shift adds FIRE to a direction."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         raise InputError("--play opens a window, and there is no display to open it on (--dream writes pictures)")
     names = gym.make(args.env).unwrapped.get_action_meanings()
     keys = [KEYS[name] if name in KEYS else KEYS[name.removesuffix("FIRE")].upper() for name in names[1:]]  # 0: NOOP
@@ -922,7 +922,7 @@ class Training:
             optimizer.step()  # of this network only: the policy must not reshape the world that it dreams
             history.append({name: value.detach() for name, value in metrics.items()})
         network.eval()  # no dropout in dreams
-        # Only here does Python wait for the GPU; until now it was free to run ahead and keep it busy.
+        # Read only now: every reading waits for the GPU, and while Python runs ahead of it, the GPU is never idle.
         return {name: float(torch.stack([metrics[name] for metrics in history]).mean()) for name in history[0]}
 
     def batch(self, part):

@@ -35,6 +35,7 @@ import numpy as np
 import pytest
 import torch
 from ale_py import roms
+from torch.utils.flop_counter import FlopCounterMode
 
 import iris
 
@@ -933,6 +934,18 @@ def test_held_out_metrics_of_a_standstill():
     assert metrics["reward_count"] == metrics["reward_recall"] == metrics["end_count"] == metrics["end_recall"] == 0
 
 
+def test_evaluation_of_a_short_game(tmp_path, monkeypatch):
+    """A game over before a whole segment or horizon of steps has metrics and pictures too."""
+    agent, args = bold_agent()
+    short = [torch.randint(256, (3, 64, 64, 3), dtype=torch.uint8), torch.tensor([1, 0, 2]),
+             torch.tensor([0.0, 0, 1]), torch.tensor([0, 0, 1])]
+    assert len(short[0]) < args.horizon <= args.sequence_length
+    monkeypatch.setattr(iris, "evaluate", lambda *_: (np.ones(1), short))
+    metrics = iris.evaluation(agent, args, 1, tmp_path, "final")
+    assert all(map(math.isfinite, metrics.values())) and metrics["reward_count"] == metrics["end_count"] == 1
+    assert {path.name for path in (tmp_path / "media" / "final").iterdir()} == PICTURES
+
+
 # ---- The command line, on real Pong ----------------------------------------------------------------------------------
 def command(*flags):
     return [sys.executable, iris.__file__, *map(str, flags)]
@@ -1233,7 +1246,8 @@ def test_eval_of_an_authors_checkpoint(tmp_path, monkeypatch, capfd):
                       "--horizon", "4"]) == 0
     (returns, recording), result = seen[0], json.loads((tmp_path / "Klax.results" / "eval.json").read_text())
     assert result["returns"] == returns.tolist() and result["game"] == "Klax"
-    assert f"mean {returns.mean():.1f}" in capfd.readouterr().out
+    told = capfd.readouterr().out
+    assert f"mean {returns.mean():.1f}" in told and "human -, IRIS -, normalised -" in told
     raw, score = RawGame("klax", noops("Klax", 0, False)), 0
     for frame, action, reward, _ in zip(*recording):
         assert not raw.ale.game_over() and (raw.frame == frame.numpy()).all()
@@ -1323,7 +1337,7 @@ def test_report_of_a_few_runs(tmp_path, capfd):
     games, total = read_tables(capfd.readouterr().out)
     assert [row[:3] for row in games] == [["Breakout", "3", "30.5 (1.7, 30.5, 59.3)"],
                                           ["Pong", "2", "5.8 (-3.0, 14.6)"], ["Tennis", "1", "-23.5 (-23.5)"]]
-    assert [row[3] for row in games] == ["1.000", "0.750", "nan"]
+    assert [row[3] for row in games] == ["1.000", "0.750", "-"]
     close([float(row[1]) for row in total], combine([[0, 1, 2], [0.5, 1]]), rtol=0, atol=5.1e-4)
     write_results(tmp_path / "alone", {"Tennis": scores["Tennis"]})
     assert iris.main(["--report", str(tmp_path / "alone")]) == 0
@@ -1664,6 +1678,15 @@ def benchmark(argv):
         flow = Plain(run)
         for part, label in zip(run.optimizers, ("tokenizer", "world model", "actor-critic")):
             plain[f"{label}, an update"] = median_seconds(getattr(flow, part))
+            if not options.only and not gpu:  # a graph hides its kernels from the counter
+                counts = []
+                for work in (lambda part=part: run.optimize(part), getattr(flow, part)):
+                    with FlopCounterMode(display=False) as counter:
+                        work()
+                    counts.append(counter.get_total_flops() / 1e9)
+                counts[0] /= n
+                print(f"  {label}: {counts[0]:.0f} GFLOP an update, plain {counts[1]:.0f}: at equal speed of arithmetic "
+                      f"{counts[1] / counts[0]:.2f} times as fast")
     for label in ours or plain:
         print(f"  {label:24}" + "".join(f"{name} {times[label] * 1e3:10.2f} ms   " for name, times in (
             ("ours", ours), ("plain", plain)) if label in times)
@@ -1724,9 +1747,10 @@ def kill_and_resume(argv):
 
 def baselines(argv):
     """What an agent has to beat: random play and each constant action, over whole games as in iris.evaluate."""
-    game, games = argv[argv.index("--baselines") + 1], 50
+    game = argv[argv.index("--baselines") + 1]
     rng, names = np.random.default_rng(0), gymnasium.make(f"ALE/{game}-v5").unwrapped.get_action_meanings()
     for action, name in enumerate(["random", *names], start=-1):
+        games = 50 if name == "random" else 3  # the emulator has no luck of its own: these three are the same
         env, scores = iris.make_env(f"ALE/{game}-v5", games, training=False), np.zeros(games)
         playing = np.ones(games, bool)
         env.reset(seed=150_000 + np.arange(games))
