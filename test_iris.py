@@ -34,6 +34,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from ale_py import roms
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -1763,6 +1764,71 @@ def baselines(argv):
         print(f"{game}, {name:13}: {scores.mean():8.1f} +- {interval:.1f} (95 %), {games} games", flush=True)
 
 
+def find_ball(frames):
+    """Real frames of Pong (n, 64, 64, 3) -> which pixels show the ball (n, 64, 64), its row and column (n, 2) or nan."""
+    contrast = frames.float() - torch.tensor([144.0, 72.0, 17.0])  # with the field's brown
+    red, _, blue = contrast.unbind(-1)
+    shown = (blue > 40) & (red > 0) & (blue > 1.7 * red)  # white; paddles are orange or green, and less blue than that
+    shown[:, :12], shown[:, 58:] = False, False  # score and walls
+    weight, line = shown * blue, torch.arange(64.0)
+    total = weight.sum((1, 2))
+    return shown, torch.stack([(weight.sum(2) * line).sum(1), (weight.sum(1) * line).sum(1)], 1) / total[:, None]
+
+
+def test_find_ball():
+    """Where find_ball sees the ball it is, as the game's own memory (bytes 49 and 54) has it, or nearly so."""
+    raw, rng, frames, memory = RawGame("pong", 0), np.random.default_rng(0), [], []
+    for _ in range(400):
+        raw.step(int(rng.integers(6)))
+        frames.append(raw.frame)
+        memory.append([int(raw.ale.getRAM()[i]) for i in (54, 49)])
+    (shown, place), memory = find_ball(torch.from_numpy(np.stack(frames))), torch.tensor(memory)
+    seen = ~place.isnan().any(1) & (memory[:, 0] > 0)  # 0: it left the field between the two raw frames shown
+    assert seen.sum() > 100 and shown.sum((1, 2)).max() <= 9  # the larger of two raw frames, each of one pixel or four
+    assert (torch.corrcoef(torch.cat([place, memory], 1)[seen].T)[:2, 2:].diag() > 0.99).all()
+
+
+@torch.no_grad()
+def ball(argv):
+    """Pong, on random play of its own: is the ball drawn? Do the tokens know where it is, and the dreams where it goes?"""
+    args = iris.parse_args(["--eval", argv[argv.index("--ball") + 1]])
+    agent, game, rng, steps = iris.load_agent(args), iris.Game(args.env, 7_000_000), np.random.default_rng(0), []
+    while len(steps) < 12_000:
+        frame, first, action = game.frame, game.first, int(rng.integers(game.num_actions))
+        game.step(action)
+        steps.append((frame, action, first))
+    frames, actions, firsts = (torch.from_numpy(np.stack(column)) for column in zip(*steps))
+    (tokens, drawn), (shown, place) = agent.tokenizer.look(frames), find_ball(frames)
+    x, seen = iris.to_network(frames).movedim(1, -1)[shown], drawn.movedim(1, -1)[shown]
+    field = torch.tensor([144, 72, 17]) / 127.5 - 1
+    print(f"ball: {1 - (x - seen).abs().sum() / (x - field).abs().sum():.1%} of its contrast with the field is drawn, "
+          f"in {int(shown.any((1, 2)).sum())} frames that show it")
+    # A linear probe: where the ball is, read off the tokens, by ridge regression on five sixths of the frames.
+    known, n, V = ~place.isnan().any(1), 10_000, args.vocab_size
+    words = (F.one_hot(tokens, V) > 0).flatten(1).float()
+    fit = torch.arange(len(frames)) < n
+    A, y = words[known & fit], place[known & fit]
+    centre = y.mean(0)
+    weights = A.T @ torch.linalg.solve(A @ A.T + 3 * torch.eye(len(A)), y - centre)
+    def probe(tokens):
+        return (F.one_hot(tokens, V) > 0).flatten(1).float() @ weights + centre
+    # Segments of five real frames, and the five that follow, inside one episode, the ball in sight at both ends.
+    t = torch.arange(n, len(frames) - 10)
+    whole = ~torch.stack([firsts[t + i] for i in range(1, 10)]).any(0)
+    t = t[whole & known[t + 3] & known[t + 4] & known[t + 9]]
+    past, index = t[:, None] + torch.arange(5), t + 4
+    u = torch.rand(len(t), 5, args.tokens_per_frame + 3, generator=torch.Generator().manual_seed(0))
+    dreamt = iris.dream(agent, tokens[past], actions[past[:, :-1]], drawn[index],
+                        agent.actor_critic.initial_state(len(t)), u, actions[t[:, None] + 4 + torch.arange(5)])
+    real = place[t + 9]
+    print(f"where the ball is five steps after {len(t)} frames; mean error in pixels (rows, columns) of")
+    for name, guess in (("its mean place", centre.expand(len(t), 2)), ("staying where it was", place[index]),
+                        ("flying straight on", place[index] + 5 * (place[index] - place[index - 1])),
+                        ("the probe on the real tokens of then", probe(tokens[t + 9])),
+                        ("the probe on the dreamt tokens", probe(dreamt["tokens"][:, 5]))):
+        print(f"  {name:38} {(guess - real).abs().mean(0)[0]:5.1f} {(guess - real).abs().mean(0)[1]:5.1f}")
+
+
 if __name__ == "__main__":
-    scripts = {"--kills": kill_and_resume, "--baselines": baselines, "--benchmark": benchmark}
+    scripts = {"--kills": kill_and_resume, "--baselines": baselines, "--benchmark": benchmark, "--ball": ball}
     sys.exit(next(script for flag, script in scripts.items() if flag in sys.argv)(sys.argv[1:]))
