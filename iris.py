@@ -21,7 +21,7 @@ sections, equations and appendices cited below are its.
 #      K = 16 tokens of 512 words  ------------->  transformer over T = 20 steps of K + 1 tokens
 #          |  decoder                                              ^
 #      reconstructed frame  ---->  actor-critic (CNN, LSTM)  ----> action
-# Read it top to bottom. A letter has one meaning: B batch, T time steps, K tokens a frame, S positions (a step has K + 1),
+# Read it top to bottom. A letter has one meaning: B batch, T time steps, K tokens a frame, S positions (K + 1 a step),
 # D width of the transformer, nh heads of size hs, V vocabulary, E size of a code, g = sqrt(K) side of the token grid,
 # C channels, A actions, L size of the LSTM, H frames of a dream, N images or anything.
 import argparse
@@ -300,7 +300,7 @@ class Tokenizer(nn.Module):
             decoder |= level(f"up_{i}", size, args.tokenizer_blocks + 1)
             if i > 0:
                 decoder[f"up_{i}_upsample"] = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(C, C, 3, padding=1))
-        # A stem of stride s makes one place of s x s pixels; the decoder returns them as 3 s^2 channels, laid out again.
+        # A stem of stride s makes one place of s x s pixels; the decoder returns them as 3 s^2 channels, laid out anew.
         self.encoder = nn.Sequential(OrderedDict(encoder | middle() | output(E), pre_quant=nn.Conv2d(E, E, 1)))
         self.decoder = nn.Sequential(OrderedDict(decoder | output(3 * stride ** 2), pixels=nn.PixelShuffle(stride)))
         self.codebook = nn.Embedding(args.vocab_size, E)
@@ -722,7 +722,7 @@ def held_out_metrics(agent, recording, T):
     return {name: float(value) for name, value in metrics.items()}
 
 def evaluation(agent, args, games, folder, name):
-    """Plays, measures all three networks and draws pictures of the first game; writes all scores (eval.json, if "final") -> metrics."""
+    """Plays, measures the networks, draws game 0, keeps the scores (in eval.json if `name` is "final") -> metrics."""
     returns, recording = evaluate(agent, args, games)
     write_pictures(agent, args, recording, folder / "media" / name)
     metrics = dict(eval_return=float(returns.mean()), eval_std=float(returns.std()),

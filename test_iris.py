@@ -1686,7 +1686,7 @@ def benchmark(argv):
                         work()
                     counts.append(counter.get_total_flops() / 1e9)
                 counts[0] /= n
-                print(f"  {label}: {counts[0]:.0f} GFLOP an update, plain {counts[1]:.0f}: at equal speed of arithmetic "
+                print(f"  {label}: {counts[0]:.0f} GFLOP an update, plain {counts[1]:.0f}: at equal speed "
                       f"{counts[1] / counts[0]:.2f} times as fast")
     for label in ours or plain:
         print(f"  {label:24}" + "".join(f"{name} {times[label] * 1e3:10.2f} ms   " for name, times in (
@@ -1765,7 +1765,7 @@ def baselines(argv):
 
 
 def find_ball(frames):
-    """Real frames of Pong (n, 64, 64, 3) -> which pixels show the ball (n, 64, 64), its row and column (n, 2) or nan."""
+    """Real frames of Pong (n, 64, 64, 3) -> which pixels show the ball (n, 64, 64), its row, column (n, 2) or nan."""
     contrast = frames.float() - torch.tensor([144.0, 72.0, 17.0])  # with the field's brown
     red, _, blue = contrast.unbind(-1)
     shown = (blue > 40) & (red > 0) & (blue > 1.7 * red)  # white; paddles are orange or green, and less blue than that
@@ -1790,7 +1790,7 @@ def test_find_ball():
 
 @torch.no_grad()
 def ball(argv):
-    """Pong, on random play of its own: is the ball drawn? Do the tokens know where it is, and the dreams where it goes?"""
+    """Pong, on random play of its own: is the ball drawn? Do tokens know where it is, dreams where it goes?"""
     args = iris.parse_args(["--eval", argv[argv.index("--ball") + 1]])
     agent, game, rng, steps = iris.load_agent(args), iris.Game(args.env, 7_000_000), np.random.default_rng(0), []
     while len(steps) < 12_000:
