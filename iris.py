@@ -4,7 +4,7 @@
 
     python iris.py --env Pong                train; ends with an evaluation and its pictures
     python iris.py --resume runs/NAME        go on, exactly where a run stopped
-    python iris.py --eval runs/NAME          100 whole games (also of an authors' checkpoint: --eval Pong.pt --env Pong)
+    python iris.py --eval runs/NAME          whole games; also of an authors' checkpoint: --eval Pong.pt --env Pong
     python iris.py --dream runs/NAME         pictures and a video from inside the world model
     python iris.py --play runs/NAME          you play, inside the world model
     python iris.py --report runs             the table over all runs below a folder
@@ -55,10 +55,9 @@ class InputError(ValueError):
 # ---- 1. Flags: every number of the paper in one place ----------------------------------------------------------------
 # The defaults are the paper's. SMALL is what two CPU cores can do in half an hour: the same algorithm with smaller
 # networks on a shorter schedule. A flag given on the command line overrides either.
-PRESETS = dict(paper="some hours on a GPU", small="for machines without a GPU: half an hour on two cores, a first look")
 SMALL = dict(
     epochs=11, collect_epochs=11, collect_steps=800, eval_every=6, eval_games=2, final_games=8,
-    starts=[1, 5, 7], tokenizer_stop=4, updates=[2000, 180, 60], batches=[8, 32, 32], learning_rate=1e-3,
+    starts=[1, 5, 7], tokenizer_stop=4, updates=[2000, 180, 60], batches=[8, 32, 32], learning_rates=[1e-3] * 3,
     revive_codes=100, stem_stride=16, tokenizer_blocks=0, embed_dim=64, sequence_length=10, layers=4, width=128,
     dropout=0.0, lstm_size=256, policy_shrink=2, burn_in=4, horizon=10, gamma=0.95, entropy_coef=0.01)
 MAY_BE_ZERO = {"seed", "revive_codes", "tokenizer_blocks", "epsilon", "dropout", "gamma", "td_lambda", "entropy_coef"}
@@ -85,7 +84,7 @@ def parse_args(argv=None):
     add_argument("--run-dir", default="runs", help="folder for the folders of runs")
     add_argument("--device", default="auto", choices=sorted({"auto", "cpu", best}), help="where to compute")
     add_argument("--mixed-precision", action=argparse.BooleanOptionalAction, help="bfloat16; default: if in hardware")
-    add_argument("--torch-deterministic", action="store_true", help="repeatable on a GPU too, but slower")
+    add_argument("--torch-deterministic", action="store_true", help="repeatable on a GPU, as far as torch can; slower")
     add_argument = group("schedule and real play; three numbers: of tokenizer, world model, actor-critic").add_argument
     add_argument("--epochs", type=int, default=600, help="an epoch collects, then trains the three in turn")
     add_argument("--collect-epochs", type=int, default=500, help="epochs that collect; 500 x 200 is Atari 100k")
@@ -94,7 +93,7 @@ def parse_args(argv=None):
     add_argument("--tokenizer-stop", type=int, default=600, help="last epoch that trains it; then words are fixed")
     add_argument("--updates", **three, default=[200, 200, 200], help="updates of each an epoch")
     add_argument("--batches", **three, default=[256, 64, 64], help="frames, segments, dreams in an update")
-    add_argument("--learning-rate", type=float, default=1e-4, help="of Adam, for all three")
+    add_argument("--learning-rates", **three | dict(type=float), default=[1e-4] * 3, help="of Adam")
     add_argument("--epsilon", type=float, default=0.01, help="share of random actions while collecting")
     add_argument("--temperature", type=float, help="while collecting; default: 1, for Freeway 0.01 (appendix)")
     add_argument("--eval-temperature", type=float, default=0.5, help="of the policy in evaluations")
@@ -126,9 +125,10 @@ def parse_args(argv=None):
     add_argument("--entropy-coef", type=float, default=0.001, help="weight of the entropy bonus")
     args = parser.parse_args(argv)
     device = best if args.device == "auto" else args.device
-    run = args.resume or args.eval or args.dream or args.play
+    run = re.sub(r"[/\\]checkpoint\.pt$", "", args.resume or args.eval or args.dream or args.play or "")
     if run:  # its own flags are the defaults; an authors' checkpoint has none, and is the paper's
         config = dict(preset="paper") | read_checkpoint(Path(run)).get("args", {}) | dict(resume=None)
+        config |= dict(mixed_precision=None) if config.get("device") != device else {}  # what suited another machine
     else:
         config = dict(preset=args.preset if args.preset != "auto" else "small" if device == "cpu" else "paper")
         config |= SMALL if config["preset"] == "small" else {}
@@ -143,11 +143,11 @@ def parse_args(argv=None):
         args.mixed_precision = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16") or device == "cuda"
                                     and torch.cuda.is_bf16_supported(including_emulation=False))
     for name, value in vars(args).items():
-        wanted, zero = f"--{name.replace('_', '-')}", name in MAY_BE_ZERO
-        one = zero and isinstance(value, float)  # shares and the like
+        wanted, from_zero = f"--{name.replace('_', '-')}", name in MAY_BE_ZERO
+        to_one, least = from_zero and isinstance(value, float), "at least" if from_zero else "above"  # shares
         for x in value if isinstance(value, list) else [value]:
-            if type(x) in (int, float) and not (0 < x < math.inf or x == 0 and zero) or one and x > 1:
-                parser.error(f"{wanted} {x} is out of range: {'at least' if zero else 'above'} 0{', at most 1' * one}")
+            if type(x) in (int, float) and not (0 < x < math.inf or x == 0 and from_zero) or to_one and x > 1:
+                parser.error(f"{wanted} {x} is out of range: {least} 0{', at most 1' * to_one}")
         if args.resume and name not in ("run", "resume", "device", "mixed_precision") and value != config.get(name):
             parser.error(f"{wanted} is {config.get(name)} in {run}, and a run goes on as it began")
     for wrong, why in ((not 2 <= args.horizon <= args.sequence_length, "--horizon must be 2 to --sequence-length"),
@@ -163,16 +163,15 @@ def parse_args(argv=None):
 def make_env(env_id, num_envs=1, training=True):
     """A gymnasium VectorEnv: observations (num_envs, 1, 64, 64, 3) uint8 RGB, discrete actions, `terminations` as ends,
     info["lives"], info["episode_frame_number"]. For a game of your own, change only this. InputError if unknown."""
-    # ale-py's vector environment does all of it in C++, down to an area resize that keeps a one-pixel ball. Most of its
-    # defaults are DQN's, hence this list. In training a lost life ends the episode without restarting the game, games
-    # begin with up to 30 no-ops and last up to 20,000 raw frames; in evaluation they are whole (108,000).
+    # ale-py's vector environment does all of it in C++, down to an area resize that keeps a one-pixel ball. Many of its
+    # defaults are for other protocols, hence the list. In training a lost life ends the episode without restarting the
+    # game; games begin with up to 30 no-ops and last up to 20,000 raw frames. In evaluation they are whole (108,000).
     try:
         return gym.make_vec(
-            env_id, num_envs=num_envs, frameskip=4, maxpool=True, img_height=64, img_width=64, grayscale=False,
-            stack_num=1, repeat_action_probability=0.0, reward_clipping=False, use_fire_reset=False,
-            full_action_space=False, episodic_life=False, life_loss_info=training, noop_max=30 if training else 1,
-            max_num_frames_per_episode=20_000 if training else 108_000)
-    except gym.error.Error as error:
+            env_id, num_envs=num_envs, frameskip=4, img_height=64, img_width=64, grayscale=False, stack_num=1,
+            repeat_action_probability=0.0, reward_clipping=False, use_fire_reset=False, life_loss_info=training,
+            noop_max=30 if training else 1, max_num_frames_per_episode=20_000 if training else 108_000)
+    except (gym.error.Error, ImportError, ValueError) as error:
         raise InputError(f"--env {env_id}: {error}") from None
 
 class Game:
@@ -186,7 +185,7 @@ class Game:
 
     def begin(self, number):
         """Starts game `number`. `frame` is what the player sees; `first` says that it opens an episode."""
-        frames, _ = self.env.reset(seed=self.seed + number)
+        frames, _ = self.env.reset(seed=(self.seed + number) % 2**31)
         self.number, self.frame, self.first, self.actions, self.score = number, frames[0, 0], True, [], 0.0
 
     def step(self, action):
@@ -194,11 +193,11 @@ class Game:
         self.actions.append(action)
         frames, rewards, terminated, truncated, info = self.env.step(np.array([action]))
         reward, self.first, score = float(rewards[0]), bool(terminated[0] or truncated[0]), None
-        if self.first:  # one no-op shows whether the game goes on with the next life, or another has begun
-            frames, rewards, _, late, after = self.env.step(np.array([0]))
+        if self.first:  # one no-op: the game goes on with the next life; or is over, and its clock falls back
+            frames, rewards, _, out_of_time, after = self.env.step(np.array([0]))
             reward += float(rewards[0])
         self.frame, self.score = frames[0, 0], self.score + reward
-        if self.first and (late[0] or after["episode_frame_number"][0] < info["episode_frame_number"][0]):
+        if self.first and (out_of_time[0] or after["episode_frame_number"][0] < info["episode_frame_number"][0]):
             score = self.score
             self.begin(self.number + 1)
         return reward, bool(terminated[0]), score
@@ -361,7 +360,7 @@ class LPIPS(nn.Module):
         for i, layer in enumerate(self.features):
             h = layer(h)
             if i in (3, 8, 15, 22, 29):  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
-                a, b = (h.float() / (h.float().square().sum(1, keepdim=True).sqrt() + 1e-10)).chunk(2)
+                a, b = F.normalize(h.float(), eps=1e-10).chunk(2)
                 distance = distance + next(heads)((a - b).square()).mean((1, 2, 3))
         return distance
 
@@ -382,7 +381,7 @@ def load_lpips(wanted, device):
                f"lpips_vgg-a78928a0.pth) into {torch.hub.get_dir()}/checkpoints")
         if wanted == "lpips":
             raise InputError(why) from None
-        print(f"no perceptual loss, squared error alone: {why}")
+        print(f"no perceptual loss: {why}")
 
 # ---- 5. World model: Atari as a language (a GPT; section 2.2, appendix A.2) ------------------------------------------
 # Step i is its K = 16 frame tokens zi0 .. zif (hexadecimal), then its action ai. What each position predicts:
@@ -412,8 +411,7 @@ class Block(nn.Module):
         mask = x.new_ones(S, start + S, dtype=torch.bool).tril(start) if start > 0 and S > 1 else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0,
                                            dropout_p=self.dropout if self.training else 0.0)
-        y = self.proj(y.transpose(1, 2).reshape(B, S, D))
-        x = x + F.dropout(y, self.dropout, self.training)
+        x = x + F.dropout(self.proj(y.transpose(1, 2).reshape(B, S, D)), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.ln2(x)), self.dropout, self.training)
 
 class WorldModel(nn.Module):
@@ -448,7 +446,7 @@ class WorldModel(nn.Module):
         return self.ln_f(x)
 
     def predict(self, tokens, actions):
-        """Tokens (B, T, K), actions (B, T) -> logits of next tokens (B, T K, V), rewards (B, T, 3), ends (B, T, 2)."""
+        """Tokens (B, T, K), actions (B, T) -> logits of tokens (B, T K, V), rewards (B, T, 3 or 1), ends (B, T, 2)."""
         K = self.tokens_per_frame
         h = self(self.embed(tokens, actions)).unflatten(1, (-1, K + 1))  # (B, T, K + 1, D)
         predicting = torch.cat([h[:, :, :K - 1], h[:, :, K:]], dim=2)  # all but the frame's last token, see above
@@ -486,7 +484,7 @@ class ActorCritic(nn.Module):
         for width in (32, 32, 64, 64):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
             channels = width
-        self.cnn = nn.Sequential(*layers, nn.Flatten())  # (N, 3, 64, 64) -> (N, F), F = 1024 if nothing is shrunk
+        self.cnn = nn.Sequential(*layers, nn.Flatten())  # (N, 3, 64, 64) -> (N, 1024), fewer if shrunk
         self.lstm = nn.LSTMCell(64 * (4 // args.policy_shrink) ** 2, args.lstm_size)
         self.actor, self.critic = nn.Linear(args.lstm_size, num_actions), nn.Linear(args.lstm_size, 1)
         # torch's default lets through some 3 % of what differs between frames: the policy would start nearly blind.
@@ -501,25 +499,24 @@ class ActorCritic(nn.Module):
 
     def forward(self, frames, state, valid=None):
         """Drawn frames (B, T, 3, 64, 64), memory before them -> logits (B, T, A), values (B, T), memory after them."""
-        # valid (B, T) is false on the left where there is padding, which leaves the memory empty.
-        features, h = self.cnn(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]), []  # (B, T, F)
-        for t in range(frames.shape[1]):
-            state = self.lstm(features[:, t], state)
-            state = state if valid is None else tuple(part * valid[:, t, None] for part in state)  # padding: empty
-            h.append(state[0])
-        h = torch.stack(h, dim=1)  # (B, T, L)
-        return self.actor(h), self.critic(h)[..., 0], state
+        features, h = self.cnn(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).float(), []  # (B, T, 1024)
+        with torch.autocast(frames.device.type, enabled=False):  # values and memory need more than bfloat16's 8 bits
+            for t in range(frames.shape[1]):
+                state = self.lstm(features[:, t], state)
+                state = state if valid is None else tuple(x * valid[:, t, None] for x in state)  # padding: empty
+                h.append(state[0])
+            h = torch.stack(h, dim=1)  # (B, T, L)
+            return self.actor(h), self.critic(h)[..., 0], state
 
     def loss(self, imagined, state, args):
         """A dream (see `dream`) and the memory at its start -> loss, metrics; appendix B."""
         # The dream was played without gradient; this pass over its frames has it, the same numbers up to rounding.
-        logits, values, _ = self(imagined["frames"], state)  # (B, H, A), (B, H)
-        logits, values, ends = logits[:, :-1].float(), values.float(), imagined["ends"]  # the last value bootstraps
+        (logits, values, _), ends = self(imagined["frames"], state), imagined["ends"]  # (B, H, A), (B, H), (B, H - 1)
         returns = lambda_returns(imagined["rewards"], values.detach(), ends, args.gamma, args.td_lambda)  # (B, H - 1)
         # What is dreamt after an end is worth nothing: it takes no part in any of the three losses.
-        alive = (ends.cumsum(1) - ends == 0).float()  # 1 up to and including the first end
+        alive = (ends.cumsum(1) == ends).float()  # 1 up to and including the first end
         weight = alive / alive.sum()
-        log_policy = logits.log_softmax(-1)  # (B, H - 1, A)
+        log_policy = logits[:, :-1].log_softmax(-1)  # (B, H - 1, A); of the last frame only the value counts
         log_chosen = log_policy.gather(-1, imagined["actions"][..., None])[..., 0]
         advantage = returns - values[:, :-1]
         policy_loss = -(weight * log_chosen * advantage.detach()).sum()  # REINFORCE with the value as baseline
@@ -534,7 +531,6 @@ class ActorCritic(nn.Module):
 def lambda_returns(rewards, values, ends, gamma, lambda_):
     """Appendix B: rewards and ends (B, H - 1), values (B, H) -> returns (B, H - 1)."""
     # G_t = r_t + gamma (1 - end_t) ((1 - lambda) V_{t+1} + lambda G_{t+1}), from the back; G_{H-1} = V_{H-1}.
-    assert rewards.shape == ends.shape == values[:, 1:].shape
     returns, following = torch.empty_like(rewards), values[:, -1]
     for t in reversed(range(rewards.shape[1])):
         following = rewards[:, t] + gamma * (1 - ends[:, t]) * ((1 - lambda_) * values[:, t + 1] + lambda_ * following)
@@ -558,7 +554,7 @@ class Agent(nn.Module):
 @torch.no_grad()  # the policy must not reshape its own dream
 def dream(agent, tokens, past_actions, frame, state, u, actions=None):
     """Plays inside the world model, from the last of n real frames -> dict of frames (B, H, 3, 64, 64) and tokens
-    (B, H, K), both beginning with that frame, actions, rewards and ends (B, H - 1), the policy's last state.
+    (B, H, K), both beginning with that frame, actions, rewards and ends (B, H - 1).
       tokens (B, n, K), past_actions (B, n - 1): the real frames, and the actions between them; training: n = 1
       frame (B, 3, 64, 64), state: the last of them as drawn, and the policy's memory before seeing it
       u (B, H - 1, K + 3): uniform numbers; a step uses one for action, reward and end each, and K for tokens
@@ -574,7 +570,7 @@ def dream(agent, tokens, past_actions, frame, state, u, actions=None):
     world_model(prefix, caches)  # fills the caches; what it predicts is already known
     dreamt = dict(frames=[frame], tokens=[tokens[:, -1]], actions=[], rewards=[], ends=[])
     for t in range(u.shape[1]):
-        position = prefix.shape[1] + t * (K + 1)
+        position = prefix.shape[1] + t * (K + 1)  # of `last`; the action is at the next, then come new tokens
         logits, _, state = agent.actor_critic(frame[:, None], state)
         action = sample(logits[:, 0], u[:, t, 0]) if actions is None else actions[:, t]
         pair = torch.stack([last, world_model.action_embedding(action)], dim=1)  # (B, 2, D)
@@ -583,20 +579,21 @@ def dream(agent, tokens, past_actions, frame, state, u, actions=None):
         reward = world_model.head_reward(h).float()  # (B, 3) logits of the signs, or (B, 1) with mse
         dreamt["rewards"].append(sample(reward, u[:, t, 1]).float() - 1 if reward.shape[1] == 3 else reward[:, 0])
         dreamt["ends"].append(sample(world_model.head_end(h), u[:, t, 2]).float())
-        words = []
+        frame_tokens = []
         for k in range(K):
-            words.append(sample(world_model.head_token(h), u[:, t, 3 + k]))  # (B,)
-            last = world_model.token_embedding(words[-1])
+            frame_tokens.append(sample(world_model.head_token(h), u[:, t, 3 + k]))  # (B,)
+            last = world_model.token_embedding(frame_tokens[-1])
             if k < K - 1:
                 h = world_model(last[:, None], caches, position + 2 + k)[:, 0]
-        dreamt["tokens"].append(torch.stack(words, dim=1))
+        dreamt["tokens"].append(torch.stack(frame_tokens, dim=1))
         frame = agent.tokenizer.draw(dreamt["tokens"][-1])
         dreamt["frames"].append(frame)
-    return {name: torch.stack(steps, dim=1) for name, steps in dreamt.items()} | dict(state=state)
+    return {name: torch.stack(steps, dim=1) for name, steps in dreamt.items()}
 
 # ---- 8. Checkpoints: a run's own, and the authors' -------------------------------------------------------------------
 def write_atomically(path, data):
     """All of the bytes or none: no reader, and no power cut, ever meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(data)
@@ -633,7 +630,7 @@ def rename_official(state_dict, names):
     return {name: fetch(name) for name in names}
 
 def load_agent(args):
-    """The agent of --eval, --dream or --play: a run's, or the authors'. InputError if it does not fit the flags."""
+    """The agent that a run, or an authors' checkpoint, holds. InputError if it does not fit the flags."""
     state, agent = read_checkpoint(Path(args.run)), Agent(args, int(make_env(args.env).single_action_space.n)).eval()
     try:
         agent.load_state_dict(state["agent"] if "agent" in state else rename_official(state, agent.state_dict()))
@@ -676,17 +673,18 @@ def evaluate(agent, args, games, enough=None):
     env, device, numbers = make_env(args.env, games, training=False), torch.device(args.device), np.arange(games)
     act, recording = fast(partial(agent.act, temperature=args.eval_temperature), args), []
     streams, state = [np.random.default_rng([args.seed, n]) for n in numbers], agent.actor_critic.initial_state(games)
-    frames, info = env.reset(seed=args.seed * 100_000 + 50_000 + numbers)
+    frames, info = env.reset(seed=(args.seed * 100_000 + 50_000 + numbers) % 2**31)  # training's are lower
     returns, playing = np.zeros(games), np.ones(games, bool)
     while playing.any() and len(recording) != enough:
         u = torch.tensor([stream.random() for stream in streams], dtype=torch.float32, device=device)
         actions, state = act(torch.from_numpy(frames[:, 0]).to(device), u, *state)
+        print(f"\r{playing.sum()} of {games} games are running \r" * sys.stderr.isatty(), end="", file=sys.stderr)
         taken, before, lives = actions.cpu().numpy(), frames, info["lives"]
         frames, rewards, terminated, truncated, info = env.step(taken)
         returns += rewards * playing  # a game that is over waits for the others; what its slot does is ignored
         if playing[0] and len(recording) < 1000:
             end = terminated[0] or info["lives"][0] < lives[0]  # as in training
-            recording.append((before[0, 0], taken[0], rewards[0], np.int64(end)))
+            recording.append((before[0, 0].copy(), taken[0], np.float32(rewards[0]), np.int64(end)))
         playing &= ~(terminated | truncated)
     return returns, [torch.from_numpy(np.stack(column)).to(device) for column in zip(*recording)]
 
@@ -724,15 +722,15 @@ def held_out_metrics(agent, recording, T):
 def evaluation(agent, args, games, folder, name):
     """Plays, measures the networks, draws game 0, keeps the scores (in eval.json if `name` is "final") -> metrics."""
     returns, recording = evaluate(agent, args, games)
-    write_pictures(agent, args, recording, folder / "media" / name)
     metrics = dict(eval_return=float(returns.mean()), eval_std=float(returns.std()),
                    **held_out_metrics(agent, recording, min(args.sequence_length, len(recording[0]))))
-    result = json.dumps(dict(game=args.game, returns=returns.tolist(), **metrics), indent=1).encode()
-    write_atomically(folder / ("eval.json" if name == "final" else f"media/{name}/returns.json"), result)
     random, human, iris = SCORES.get(args.game, (math.nan,) * 3)
     print((f"{args.game}, {games} games: mean {returns.mean():.1f}, standard deviation {returns.std():.1f}; random "
            f"{random:g}, human {human:g}, IRIS {iris:g}, normalised {(returns.mean() - random) / (human - random):.3f}"
            ).replace("nan", "-"))  # a game outside the 26 has its raw score only
+    result = json.dumps(dict(game=args.game, returns=returns.tolist(), **metrics), indent=1).encode()
+    write_atomically(folder / ("eval.json" if name == "final" else f"media/{name}/returns.json"), result)
+    write_pictures(agent, args, recording, folder / "media" / name)
     return metrics
 
 def report(folder):
@@ -792,7 +790,6 @@ def write_pictures(agent, args, recording, folder):
     T, H = args.sequence_length, min(args.horizon, n)
     real, generator = frames.cpu().numpy(), torch.Generator().manual_seed(0)
     tokens, drawn = agent.tokenizer.look(frames)  # (n, K), (n, 3, 64, 64)
-    folder.mkdir(parents=True, exist_ok=True)
     def write(name, *rows):
         write_atomically(folder / f"{name}.png", cv2.imencode(".png", picture(rows))[1])
     def imagine(tokens, past_actions, frame, count, steps, given=None):  # `count` dreams after one past
@@ -818,13 +815,13 @@ def write_pictures(agent, args, recording, folder):
     chances = reward.softmax(-1)  # (H, 3) for the signs -1, 0, 1
     expected = chances[:, 2] - chances[:, 0] if reward.shape[-1] == 3 else reward[:, 0]
     came, told = ([f"reward {r:+.2f} end {e:.2f}" for r, e in zip(*pair)] for pair in (
-        (rewards[window], ends[window]), (expected, end.softmax(-1)[:, 1])))
+        (rewards[window].sign(), ends[window]), (expected, end.softmax(-1)[:, 1])))
     write("rewards", ("real", real[window], came), ("expected", to_pixels(drawn[window]), told))
     # Far beyond the training horizon: the dream goes on from its own last frames, given the actions really played.
     words, clip, steps = tokens[:1], [drawn[0]], T - T // 2
     while len(clip) + steps <= min(n, 10 * H):
         t, known = len(clip), min(len(clip), T // 2)
-        given = actions[None, t - 1:t - 1 + steps]
+        given = actions[None, t - 1:t - 1 + steps]  # action t - 1 was taken on the last of the t frames so far
         more = imagine(words[-known:], actions[t - known:t - 1], clip[-1], 1, steps, given)
         words, clip = torch.cat([words, more["tokens"][0, 1:]]), clip + list(more["frames"][0, 1:])
     images = [picture([("", np.stack([x, to_pixels(y)]), ("real", "dreamt"))], 6, 0) for x, y in zip(real, clip)]
@@ -859,7 +856,7 @@ def play(agent, args):
             score, end = score + float(dreamt["rewards"]), bool(dreamt["ends"])
         caption = f"rewards {score:+g}" + ", the end: press r" * end + ", paused" * paused
         cv2.imshow("iris", picture([("", to_pixels(frame), (caption,))], 8, 0))
-        key = cv2.waitKey(66) & 255  # at least 15 frames a second; 255: no key
+        key = cv2.waitKey(66) & 255  # 15 frames a second, less the dream's time; 255: no key
         paused ^= key == ord(" ")
 
 # ---- 11. Training: collect, then train the three parts, six hundred times --------------------------------------------
@@ -869,7 +866,7 @@ class Training:
         self.args, self.folder, self.device = args, folder, torch.device(args.device)
         torch.manual_seed(args.seed)
         self.game = Game(args.env, args.seed * 100_000)
-        self.agent = Agent(args, self.game.num_actions).eval().to(self.device)
+        self.agent = load_agent(args) if args.resume else Agent(args, self.game.num_actions).eval().to(self.device)
         self.perceptual = None if args.perceptual_loss == "none" else load_lpips(args.perceptual_loss, args.device)
         args.perceptual_loss = "lpips" if self.perceptual else "none"  # for config.json
         if args.reconstruction_loss == "auto":  # without LPIPS, squares learn small moving things much sooner
@@ -879,11 +876,11 @@ class Training:
                              torch.bfloat16 if args.mixed_precision else torch.float32, self.device)
         # Adam. Weight decay (hence AdamW) pulls on the transformer's matrices only: not on embeddings, biases, gains.
         self.optimizers = {}
-        for part, network in self.agent.named_children():
-            groups = dict(params=[], weight_decay=0.0), dict(params=[], weight_decay=0.01)  # of index False, True
+        for (part, network), rate in zip(self.agent.named_children(), args.learning_rates):  # in the flags' order
+            groups = dict(params=[], weight_decay=0.0), dict(params=[], weight_decay=0.01)  # picked by 0 or 1
             for name, p in network.named_parameters():
                 groups[part == "world_model" and p.dim() == 2 and "emb" not in name]["params"].append(p)
-            self.optimizers[part] = torch.optim.AdamW(groups, args.learning_rate, fused=True)
+            self.optimizers[part] = torch.optim.AdamW(groups, rate, fused=True)
         self.act = fast(partial(self.agent.act, temperature=args.temperature), args)
         self.imagine = fast(self.imagine, args)  # the method below, from here on as a graph
         self.epoch, self.history, self.frames_saved = 0, [], 0
@@ -895,7 +892,7 @@ class Training:
         begun = replay.size if game.first else int(replay.starts[replay.episodes - 1])
         for frame in replay.frames[max(begun, replay.size - args.burn_in):replay.size]:
             _, state = self.act(frame[None], torch.zeros(1, device=self.device), *state)
-        for _ in range(args.collect_steps):
+        for _ in self.progress(range(args.collect_steps), "collect"):
             frame, first = game.frame, game.first
             luck, which, u = torch.rand(3)
             action, state = self.act(torch.from_numpy(frame)[None].to(self.device), u[None].to(self.device),
@@ -913,11 +910,11 @@ class Training:
         for i in self.progress(range(dict(zip(self.optimizers, args.updates))[part]), part):
             if part == "tokenizer" and args.revive_codes and i % args.revive_codes == 0:
                 self.revive_codes()
-            batch = self.batch(part)
-            with self.amp:
-                loss, metrics = network.loss(*batch)
             optimizer.zero_grad()
-            loss.backward()
+            for share, inputs in self.batch(part):
+                with self.amp:
+                    loss, metrics = network.loss(*inputs)
+                (share * loss).backward()
             metrics[f"{part}_grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), 10.0)
             optimizer.step()  # of this network only: the policy must not reshape the world that it dreams
             history.append({name: value.detach() for name, value in metrics.items()})
@@ -926,17 +923,18 @@ class Training:
         return {name: float(torch.stack([metrics[name] for metrics in history]).mean()) for name in history[0]}
 
     def batch(self, part):
-        """What the loss of a network is computed on: real frames, real segments as tokens, or dreams."""
+        """What the loss of a network is computed on, real frames, segments or dreams, in pieces: [(share, inputs)]."""
         args, replay, size = self.args, self.replay, dict(zip(self.optimizers, self.args.batches))[part]
         if part == "tokenizer":
-            index, _ = replay.sample(size, 1, "start")
-            return to_network(replay.frames[index[:, 0]]), self.perceptual, args.reconstruction_loss
+            index, _ = replay.sample(size, 1, "start")  # 64 at a time: the same gradient in a quarter of the memory
+            pieces = to_network(replay.frames[index[:, 0]]).split(64)
+            return [(len(x) / size, (x, self.perceptual, args.reconstruction_loss)) for x in pieces]
         if part == "world_model":
             index, valid = replay.sample(size, args.sequence_length, "start")
-            return replay.tokens[index], replay.actions[index], replay.rewards[index], replay.ends[index], valid
+            return [(1, (*(x[index] for x in (replay.tokens, replay.actions, replay.rewards, replay.ends)), valid))]
         index, valid = replay.sample(size, args.burn_in + 1, "stop")
         u = torch.rand(size, args.horizon - 1, args.tokens_per_frame + 3, device=self.device)
-        return *self.imagine(index, valid, u), args
+        return [(1, (*self.imagine(index, valid, u), args))]
 
     def imagine(self, index, valid, u):
         """Segments of burn_in + 1 real frames, uniform numbers -> the dream that follows them, the memory before it."""
@@ -1004,7 +1002,6 @@ class Training:
         """Continues from the run's checkpoint."""
         state = read_checkpoint(self.folder)
         self.epoch, self.history, size = state["epoch"], state["history"], state["replay"]["size"]
-        self.agent.load_state_dict(state["agent"])
         for part, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][part])
         for name, value in state["replay"].items():
@@ -1012,7 +1009,7 @@ class Training:
         self.game.begin(state["game"])
         for action in state["actions"]:
             self.game.step(action)
-        files = [file for file in sorted((self.folder / "frames").glob("*.bin")) if int(file.stem) < size]
+        files = [file for file in sorted((self.folder / "frames").glob("[0-9]*.bin")) if int(file.stem) < size]
         frames = np.concatenate([np.empty(0, np.uint8), *(np.fromfile(file, np.uint8) for file in files)])
         if len(frames) != size * 64 * 64 * 3:
             raise InputError(f"{self.folder / 'frames'} does not hold the checkpoint's {size} frames: it is damaged")
@@ -1031,7 +1028,8 @@ def train(args, folder):
         board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder)
     sizes = [f"{part} {sum(p.numel() for p in net.parameters()):,}" for part, net in run.agent.named_children()]
     print(f"{folder}: {args.env} on {args.device} in {'bfloat16' if args.mixed_precision else 'float32'}; parameters: "
-          f"{', '.join(sizes)}; {args.preset} preset: {PRESETS[args.preset]}", flush=True)
+          f"{', '.join(sizes)}; {args.preset} preset" + ", half an hour on two CPU cores" * (args.preset == "small"),
+          flush=True)
     while run.epoch < args.epochs:
         run.epoch += 1
         torch.manual_seed(args.seed * 100_000 + run.epoch)  # an epoch's luck is its own: no generator state to keep
@@ -1049,7 +1047,8 @@ def train(args, folder):
                 row[f"seconds_{name}"] = time.time() - started
         if run.epoch % args.eval_every == 0:
             row.update(evaluation(run.agent, args, args.eval_games, folder, f"epoch_{run.epoch:03d}"))
-        row |= dict(real_steps=run.replay.size, seconds=time.time() - begun, memory=torch.cuda.max_memory_allocated())
+        row |= dict(real_steps=run.replay.size, seconds=time.time() - begun, memory=torch.cuda.max_memory_allocated(),
+                    steps_a_second=args.collect_steps / row.get("seconds_collect", math.inf))
         broken = [name for name, value in row.items() if not math.isfinite(value)]
         if broken:
             raise FloatingPointError(f"{broken[0]} is not finite in epoch {run.epoch}; {folder} keeps the epoch before")
@@ -1084,14 +1083,15 @@ def main(argv=None):
                 write_pictures(agent, args, evaluate(agent, args, 1, enough=1000)[1], results / "media" / "dream")
         else:
             name = f"{args.game}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-            folder = Path(args.resume or Path(args.run_dir) / name)
+            folder = Path(args.run or Path(args.run_dir) / name)
             train(args, folder)
         return 0
-    except (InputError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+    except (InputError, OSError, FloatingPointError, KeyboardInterrupt, torch.OutOfMemoryError, cv2.error) as error:
         code, message = {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2), str(error) or "stopped"
         if isinstance(error, OSError):  # no such place, no right to write there, disk full
             message = f"{error.filename or folder}: {error.strerror or error}"
-        message += f"; go on with python iris.py --resume {folder}" if folder and folder.exists() and code != 1 else ""
+        if isinstance(error, (OSError, KeyboardInterrupt)) and folder and os.path.exists(folder):
+            message += f"; go on with python iris.py --resume {folder}"
         print(f"iris.py: {' '.join(message.split())}", file=sys.stderr)
         return code
 

@@ -372,7 +372,7 @@ def test_revive_codes(monkeypatch):
 def test_optimize(every, moves, monkeypatch):
     """Updates with and without moved codes: that many moves, each before an update; one step of the optimiser an
     update, of this network only; metrics are means over the updates."""
-    agent, args = bold_agent("--revive-codes", str(every), "--updates", "5", "1", "1", "--learning-rate", "0.1")
+    agent, args = bold_agent("--revive-codes", str(every), "--updates", "5", "1", "1", "--learning-rates", *["0.1"] * 3)
     events, losses = [], iter(range(5))
     p = agent.tokenizer.codebook.weight
     network = types.SimpleNamespace(
@@ -1076,7 +1076,7 @@ def test_full_disk(killed_run, tmp_path, full_for):
 
 def test_loss_that_is_not_finite(tmp_path, capfd):
     """A learning rate beyond reason: the run stops with code 1 and one line, and the last good checkpoint stays."""
-    flags = ("--run-dir", str(tmp_path), "--starts", "2", "2", "3", "--learning-rate", "1e30")
+    flags = ("--run-dir", str(tmp_path), "--starts", "2", "2", "3", "--learning-rates", *["1e30"] * 3)
     assert iris.main([*SCHEDULE, *flags]) == 1
     errors = capfd.readouterr().err
     assert errors.count("\n") == 1 and "not finite" in errors
