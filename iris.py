@@ -70,7 +70,7 @@ def parse_args(argv=None):
     parser.error = lambda message: parser.exit(2, f"iris.py: {message} (see python iris.py --help)\n")
     group, three = parser.add_argument_group, dict(type=int, nargs=3, metavar=("TOK", "WM", "AC"))
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    add_argument = group("what to do; default: train").add_mutually_exclusive_group().add_argument
+    add_argument = partial(group("other modes").add_mutually_exclusive_group().add_argument, type=os.path.normpath)
     add_argument("--resume", metavar="RUN", help="go on with this run folder; its flags are taken from there")
     add_argument("--eval", metavar="RUN", help="play --final-games with this run, or with an authors' checkpoint")
     add_argument("--dream", metavar="RUN", help="pictures and a video from inside this run's world model")

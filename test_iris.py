@@ -380,7 +380,7 @@ def test_optimize(every, moves, monkeypatch):
         loss=lambda n: (events.append("loss"), (p.sum() * 0 + n, dict(n=p.sum() * 0 + n)))[1])
     run = types.SimpleNamespace(
         args=args, agent=types.SimpleNamespace(tokenizer=network), progress=lambda work, label: work,
-        revive_codes=lambda: events.append("move"), batch=lambda part: (next(losses),),
+        revive_codes=lambda: events.append("move"), batch=lambda part: [(1, (next(losses),))],
         amp=torch.autocast("cpu", enabled=False), optimizers=dict(tokenizer=types.SimpleNamespace(
             zero_grad=lambda: setattr(p, "grad", None), step=lambda: events.append("step"))))
     metrics = iris.Training.optimize(run, "tokenizer")
@@ -388,6 +388,23 @@ def test_optimize(every, moves, monkeypatch):
     assert events[0] == "train" and events[-1] == "eval" and events.count("move") == moves
     assert [event for event in events if event != "move"][1:-1] == ["loss", "step"] * 5
     assert all(events[i + 1] == "loss" for i, event in enumerate(events) if event == "move")
+
+
+def test_pieces_of_a_batch():
+    """A batch of 150 frames goes through the tokenizer in pieces, whose gradients add up to that of all at once."""
+    agent, args = bold_agent("--batches", "150", "1", "1")
+    frames = torch.randint(256, (200, 64, 64, 3), dtype=torch.uint8)
+    run = types.SimpleNamespace(args=args, perceptual=None, optimizers=dict(tokenizer=0), replay=types.SimpleNamespace(
+        frames=frames, sample=lambda batch, steps, align: (torch.arange(7, 7 + batch)[:, None], None)))
+    pieces, gradients = iris.Training.batch(run, "tokenizer"), []
+    assert [len(inputs[0]) for _, inputs in pieces] == [64, 64, 22]
+    for batch in (pieces, [(1, (iris.to_network(frames[7:157]), None, "l2"))]):
+        agent.zero_grad()
+        for share, (x, perceptual, _) in batch:
+            (share * agent.tokenizer.loss(x, perceptual, "l2")[0]).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in agent.tokenizer.parameters()]))
+    assert gradients[1].abs().max() > 1e-4
+    close(*gradients, atol=1e-4 * float(gradients[1].abs().max()))
 
 
 # ---- World model -----------------------------------------------------------------------------------------------------
@@ -684,8 +701,7 @@ def naive_dream(agent, tokens, past_actions, frame, state, u, actions=None):
         dreamt["tokens"].append(torch.stack(drawn, dim=1))
         frame = agent.tokenizer.decoder(agent.tokenizer.embed(dreamt["tokens"][-1])).clamp(-1, 1).detach()
         dreamt["frames"].append(frame)
-    return {name: torch.stack(column, dim=1) for name, column in dreamt.items()} | dict(
-        state=torch.stack(state), steps=steps, memory=state)
+    return {name: torch.stack(column, dim=1) for name, column in dreamt.items()} | dict(steps=steps, memory=state)
 
 
 @torch.no_grad()
@@ -700,15 +716,14 @@ def dream_inputs(agent, args, context=1, batch=3):
     (1, False, ["--horizon", "6", "--layers", "2"]), (3, False, ["--horizon", "4"]),  # both fill the cache to its end
     (2, True, []), (1, False, ["--reward-loss", "mse", "--tokens-per-frame", "64", "--horizon", "3"])])
 def test_dream_equals_step_by_step(context, given, flags):
-    """With the same random numbers, dream() is the dream by the book: every action, reward, end, token, frame, and the
-    policy's memory. Given actions are obeyed."""
+    """With the same random numbers, dream() is the dream by the book: every action, reward, end, token and frame. Given
+    actions are obeyed."""
     agent, args = bold_agent(*flags)
     inputs, actions = dream_inputs(agent, args, context), torch.randint(6, (3, args.horizon - 1)) if given else None
     fast, slow = iris.dream(agent, *inputs, actions=actions), naive_dream(agent, *inputs, actions=actions)
-    fast["state"] = torch.stack(fast["state"])
     for name in ("tokens", "actions", "ends"):
         assert torch.equal(fast[name].long(), slow[name].long()), name
-    for name in ("rewards", "frames", "state"):
+    for name in ("rewards", "frames"):
         close(fast[name], slow[name], 1e-4, 1e-4)
     assert not given or torch.equal(fast["actions"], actions)
     assert len(slow["tokens"].unique()) > 10 and len(slow["actions"].unique()) > 2  # not always the same thing
@@ -743,20 +758,23 @@ def test_one_pass_equals_stepping_with_gradient():
 @torch.no_grad()
 def test_bfloat16(paper):
     """Mixed precision computes nearly the same: of eight images' tokens at least 95 % are equal to float32's, and what
-    is drawn, predicted and chosen differs by at most 4 % of its standard deviation (values: 8 %), root mean square."""
+    is drawn, predicted and chosen differs by at most 4 % of its standard deviation, root mean square. Values and memory
+    are computed in float32."""
     agent, _, frames = paper
     blocks = torch.randint(256, (6, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     frames, outputs = torch.cat([frames, blocks.repeat_interleave(8, 1).repeat_interleave(8, 2)]), []
     tokens = agent.tokenizer.look(frames)[0]
     for mixed in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            logits, values, _ = agent.actor_critic(iris.to_network(frames)[None], agent.actor_critic.initial_state(1))
-            assert logits.dtype == (torch.bfloat16 if mixed else torch.float32)
+            x, policy = iris.to_network(frames), agent.actor_critic
+            logits, values, state = policy(x[None], policy.initial_state(1))
+            assert policy.cnn(x).dtype == (torch.bfloat16 if mixed else torch.float32)
+            assert {x.dtype for x in (logits, values, *state)} == {torch.float32}
             assert (agent.tokenizer.look(frames)[0] == tokens).float().mean() >= 0.95
             outputs.append([agent.tokenizer.draw(tokens), *agent.world_model.predict(TEXTS[..., :16], TEXTS[..., 16]),
                             logits, values])
-    for exact, mixed, bound in zip(*outputs, (0.04, 0.04, 0.04, 0.04, 0.04, 0.08)):
-        assert 0 < (exact - mixed.float()).square().mean().sqrt() < bound * exact.std()
+    for exact, mixed in zip(*outputs):
+        assert 0 < (exact - mixed.float()).square().mean().sqrt() < 0.04 * exact.std()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph wants a GPU")
@@ -871,6 +889,13 @@ def test_evaluation_counts_every_game():
         assert torch.equal(column, torch.from_numpy(np.stack(expected)[:1000]).to(column.dtype))
     few = iris.evaluate(Reflex(0), args, 2, enough=50)[1]
     assert all(torch.equal(*pair) for pair in zip(few, [column[:50] for column in recordings[0, 5]]))
+
+
+def test_large_seeds():
+    """A date is a fine seed, though the emulator's are smaller than what is made of it."""
+    agent, args = bold_agent("--seed", "20261122")
+    assert iris.Game("ALE/Pong-v5", args.seed * 100_000).frame.any()
+    assert len(iris.evaluate(agent, args, 2, enough=3)[1][0]) == 3
 
 
 @torch.no_grad()
@@ -991,7 +1016,7 @@ def read_run(folder):
     """All that a run left behind and that must repeat to the last bit: not its name, nor what a clock said."""
     def essence(x):
         if isinstance(x, dict):
-            kept = (name for name in x if not str(name).startswith(("seconds", "memory_gb", "args")))
+            kept = (name for name in x if not str(name).startswith(("seconds", "steps_a_second", "args")))
             return {name: essence(x[name]) for name in kept}
         if isinstance(x, (list, tuple)):
             return [essence(y) for y in x]
@@ -1101,7 +1126,8 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"  # no machine has both
 
 
 @pytest.mark.parametrize("flags, saying", [
-    ("--env Brekout", ["Brekout", "Breakout"]), ("--collect-steps -5", ["--collect-steps", "-5"]),
+    ("--env Brekout", ["Brekout", "Breakout"]), ("--env phys2d/CartPole-v1", ["--env", "phys2d"]),
+    ("--resume=", ["checkpoint.pt"]), ("--collect-steps -5", ["--collect-steps", "-5"]),
     ("--epochs many", ["--epochs", "many"]), ("--gamma nan", ["--gamma", "nan"]), ("--updates 1 0 1", ["--updates"]),
     ("--epsilon 1.5", ["--epsilon", "1.5"]), (f"--device {ABSENT}", ["--device", ABSENT]),
     ("--horizon 7", ["--horizon", "--sequence-length"]),
@@ -1155,6 +1181,7 @@ def change_flags(folder, **flags):
     (shutil.rmtree, "", "run"),
     (lambda run: (run / "checkpoint.pt").unlink(), "", "checkpoint.pt"),
     (lambda run: change_flags(run, gamma=None), "", "--gamma"),
+    (lambda run: change_flags(run, env="ALE/Breakout-v5"), "--env Breakout", "does not fit"),
     (lambda run: None, "--layers 3", "--layers is 1"),
     (lambda run: None, "--gamma 0.5", "--gamma is 0.95"),
     (lambda run: edit(run / "checkpoint.pt", lambda x, n: x[:n] + bytes(9) + x[n + 9:]), "", "damaged"),
@@ -1164,8 +1191,8 @@ def change_flags(folder, **flags):
     (lambda run: shutil.rmtree(run / "frames"), "", "frames"),
     (lambda run: (run / "frames" / "0000030.bin").unlink(), "", "frames"),
     (lambda run: edit(run / "frames" / "0000030.bin", lambda x, n: x[:n]), "", "frames"),
-], ids=["no folder", "no checkpoint", "other version", "other size", "other gamma", "zeroed bytes", "half a checkpoint",
-        "text", "foreign checkpoint", "no frames", "frames missing", "half the frames"])
+], ids=["no folder", "no checkpoint", "other version", "other game", "other size", "other gamma", "zeroed bytes",
+        "half a checkpoint", "text", "foreign checkpoint", "no frames", "frames missing", "half the frames"])
 def test_resume_refused(whole_run, tmp_path, capfd, break_it, flags, saying):
     """A run folder that is damaged or contradicted is refused, and no file in it is touched."""
     folder = shutil.copytree(whole_run, tmp_path / "run")
@@ -1216,7 +1243,7 @@ def test_eval_repeats_the_final_evaluation(whole_run, tmp_path, capfd):
     """--eval of a run is the evaluation that ended its training, all its numbers; published scores stand beside it."""
     folder = shutil.copytree(whole_run, tmp_path / "run")
     (folder / "eval.json").unlink()
-    assert iris.main(["--eval", str(folder)]) == 0
+    assert iris.main(["--eval", str(folder / "checkpoint.pt")]) == 0  # the folder is meant
     assert (folder / "eval.json").read_text() == (whole_run / "eval.json").read_text()
     told = capfd.readouterr().out.splitlines()[-1]
     score = json.loads((folder / "eval.json").read_text())["eval_return"]
@@ -1427,7 +1454,7 @@ def test_pictures_show_what_the_model_says(monkeypatch, tmp_path):
     same(expected[1], agent.tokenizer.draw(tokens[18:23]))
     for t in range(5):
         said = [[float(x) for x in re.findall(r"[+-]?\d+\.\d+", row[2][t])] for row in (came, expected)]
-        assert said[0] == [rewards[18 + t], ends[18 + t]]
+        assert said[0] == [rewards[18 + t].sign(), ends[18 + t]]
         close(said[1], [signs[t, 2] - signs[t, 0], over[t, 1]], rtol=0, atol=5.1e-3)
     words, drawn = [tokens[0]], [agent.tokenizer.draw(tokens[:1])[0]]
     while len(words) + 3 <= 50:  # dreams of 3 steps after the 3 frames before them
