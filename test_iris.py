@@ -1181,7 +1181,7 @@ def change_flags(folder, **flags):
     (shutil.rmtree, "", "run"),
     (lambda run: (run / "checkpoint.pt").unlink(), "", "checkpoint.pt"),
     (lambda run: change_flags(run, gamma=None), "", "--gamma"),
-    (lambda run: change_flags(run, env="ALE/Breakout-v5"), "--env Breakout", "does not fit"),
+    (lambda run: change_flags(run, env="ALE/Breakout-v5", game="Breakout"), "", "does not fit"),
     (lambda run: None, "--layers 3", "--layers is 1"),
     (lambda run: None, "--gamma 0.5", "--gamma is 0.95"),
     (lambda run: edit(run / "checkpoint.pt", lambda x, n: x[:n] + bytes(9) + x[n + 9:]), "", "damaged"),
