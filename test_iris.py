@@ -841,7 +841,7 @@ def test_actor_critic_loss():
             value, entropy, steps = value + gain ** 2, entropy - (log_p.exp() * log_p).sum(), steps + 1
     assert steps == 4 + 2 + 1 + 4
     terms = [metrics[name] for name in ("policy_loss", "value_loss", "entropy")]
-    close(terms, [term.item() / steps for term in (policy, value, entropy)], 1e-4)
+    close([term.item() for term in terms], [term.item() / steps for term in (policy, value, entropy)], 1e-4)
     expected = (policy + value - args.entropy_coef * entropy) / steps
     close(loss, expected, 1e-4)
     expected.backward()  # onto the gradients that are there, which doubles them
