@@ -144,7 +144,7 @@ def parse_args(argv=None):
                                     and torch.cuda.is_bf16_supported(including_emulation=False))
     for name, value in vars(args).items():
         wanted, from_zero = f"--{name.replace('_', '-')}", name in MAY_BE_ZERO
-        to_one, least = from_zero and isinstance(value, float), "at least" if from_zero else "above"  # shares
+        to_one, least = from_zero and isinstance(value, float), "at least" if from_zero else "above"  # shares, gamma
         for x in value if isinstance(value, list) else [value]:
             if type(x) in (int, float) and not (0 < x < math.inf or x == 0 and from_zero) or to_one and x > 1:
                 parser.error(f"{wanted} {x} is out of range: {least} 0{', at most 1' * to_one}")
@@ -242,7 +242,7 @@ class Replay:
         return start[:, None] + position.clamp(min=0).minimum(length[:, None] - 1), valid
 
 def to_network(frames):
-    """uint8 frames (..., 64, 64, 3) -> float (..., 3, 64, 64) in [-1, 1]."""
+    """uint8 frames (..., 64, 64, 3) -> float (..., 3, 64, 64) in [-1, 1], still channels last in memory."""
     return frames.movedim(-1, -3).float() / 127.5 - 1
 
 # ---- 4. Tokenizer: a frame is K words (a VQGAN's autoencoder without the GAN; section 2.1, appendix A.1) -------------
@@ -673,7 +673,7 @@ def evaluate(agent, args, games, enough=None):
     env, device, numbers = make_env(args.env, games, training=False), torch.device(args.device), np.arange(games)
     act, recording = fast(partial(agent.act, temperature=args.eval_temperature), args), []
     streams, state = [np.random.default_rng([args.seed, n]) for n in numbers], agent.actor_critic.initial_state(games)
-    frames, info = env.reset(seed=(args.seed * 100_000 + 50_000 + numbers) % 2**31)  # training's are lower
+    frames, info = env.reset(seed=(args.seed * 100_000 + 50_000 + numbers) % 2**31)  # not training's games
     returns, playing = np.zeros(games), np.ones(games, bool)
     while playing.any() and len(recording) != enough:
         u = torch.tensor([stream.random() for stream in streams], dtype=torch.float32, device=device)
@@ -886,7 +886,7 @@ class Training:
         self.epoch, self.history, self.frames_saved = 0, [], 0
 
     def collect(self):
-        """Section 2: real steps. The policy's memory starts from the last frames of the running episode."""
+        """Real steps, into the replay. The policy's memory starts from the last frames of the running episode."""
         args, replay, game, scores = self.args, self.replay, self.game, []
         empty = state = self.agent.actor_critic.initial_state(1)
         begun = replay.size if game.first else int(replay.starts[replay.episodes - 1])
@@ -904,7 +904,7 @@ class Training:
         return dict(train_return=float(np.mean(scores))) if scores else {}
 
     def optimize(self, part):
-        """An epoch's updates of one network, each on its own loss -> the means of the metrics."""
+        """An epoch's updates of one network, each on its own loss -> means of the metrics (of a batch's last piece)."""
         args, network, optimizer, history = self.args, getattr(self.agent, part), self.optimizers[part], []
         network.train()
         for i in self.progress(range(dict(zip(self.optimizers, args.updates))[part]), part):

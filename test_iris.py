@@ -391,8 +391,9 @@ def test_optimize(every, moves, monkeypatch):
 
 
 def test_pieces_of_a_batch():
-    """A batch of 150 frames goes through the tokenizer in pieces, whose gradients add up to that of all at once."""
-    agent, args = bold_agent("--batches", "150", "1", "1")
+    """A batch of 150 frames goes through the tokenizer in pieces, whose gradients add up to that of all at once, also
+    in the update itself."""
+    agent, args = bold_agent("--batches", "150", "1", "1", "--updates", "1", "1", "1", "--revive-codes", "0")
     frames = torch.randint(256, (200, 64, 64, 3), dtype=torch.uint8)
     run = types.SimpleNamespace(args=args, perceptual=None, optimizers=dict(tokenizer=0), replay=types.SimpleNamespace(
         frames=frames, sample=lambda batch, steps, align: (torch.arange(7, 7 + batch)[:, None], None)))
@@ -403,8 +404,31 @@ def test_pieces_of_a_batch():
         for share, (x, perceptual, _) in batch:
             (share * agent.tokenizer.loss(x, perceptual, "l2")[0]).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in agent.tokenizer.parameters()]))
-    assert gradients[1].abs().max() > 1e-4
-    close(*gradients, atol=1e-4 * float(gradients[1].abs().max()))
+    run.agent, run.amp, run.progress = agent, torch.autocast("cpu", enabled=False), lambda work, label: work
+    run.batch, run.optimizers = lambda part: pieces, dict(tokenizer=types.SimpleNamespace(
+        zero_grad=agent.zero_grad, step=lambda: gradients.append(
+            torch.cat([p.grad.flatten() for p in agent.tokenizer.parameters()]))))
+    assert 1e-4 < iris.Training.optimize(run, "tokenizer")["tokenizer_grad_norm"] < 10  # so that nothing was clipped
+    for other in (gradients[0], gradients[2]):
+        close(other, gradients[1], atol=1e-4 * float(gradients[1].abs().max()))
+
+
+def test_precision_is_this_machines(tmp_path):
+    """A run from another device has the precision that suits this one, unless the command line says otherwise; on its
+    own device it keeps what it had."""
+    wanted = iris.parse_args(["--device", "cpu"]).mixed_precision
+    for device, flags, expected in (("elsewhere", [], wanted), ("cpu", [], not wanted), (
+            "elsewhere", ["--mixed-precision"], True), ("elsewhere", ["--no-mixed-precision"], False)):
+        torch.save(dict(args=dict(preset="small", device=device, mixed_precision=not wanted)), tmp_path / "run.pt")
+        args = iris.parse_args(["--eval", str(tmp_path / "run.pt"), "--device", "cpu", *flags])
+        assert args.mixed_precision == expected, (device, flags)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried"), cv2.error("no window")])
+def test_errors_of_libraries(error, tmp_path, capfd, monkeypatch):
+    """A GPU that is too small, a display that cannot be opened: one line too."""
+    monkeypatch.setattr(iris, "train", lambda *_: (_ for _ in ()).throw(error))
+    refused(capfd, ["--run-dir", tmp_path], str(error).splitlines()[0])
 
 
 # ---- World model -----------------------------------------------------------------------------------------------------
