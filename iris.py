@@ -242,8 +242,8 @@ class Replay:
         return start[:, None] + position.clamp(min=0).minimum(length[:, None] - 1), valid
 
 def to_network(frames):
-    """uint8 frames (..., 64, 64, 3) -> float (..., 3, 64, 64) in [-1, 1], still channels last in memory."""
-    return frames.movedim(-1, -3).float() / 127.5 - 1
+    """uint8 frames (..., 64, 64, 3) -> float (..., 3, 64, 64) in [-1, 1]."""
+    return frames.movedim(-1, -3).contiguous().float() / 127.5 - 1  # GroupNorms are slow on channels last
 
 # ---- 4. Tokenizer: a frame is K words (a VQGAN's autoencoder without the GAN; section 2.1, appendix A.1) -------------
 class ResBlock(nn.Module):
@@ -403,13 +403,14 @@ class Block(nn.Module):
         # Without a cache x is the whole sequence. With one, x are the positions start .. start + S - 1, and the cache
         # (2, B, nh, S_max, hs) holds the keys and values of all before them; those of x are written into it.
         B, S, D = x.shape
-        q, k, v = self.qkv(self.ln1(x)).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, nh, S, hs)
+        qkv = self.qkv(self.ln1(x)).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, nh, S, hs)
+        q, kv = qkv[0], qkv[1:]
         if cache is not None:
-            cache[0, :, :, start:start + S], cache[1, :, :, start:start + S] = k, v
-            k, v = cache[:, :, :, :start + S]  # each (B, nh, start + S, hs)
+            cache[:, :, :, start:start + S] = kv
+            kv = cache[:, :, :, :start + S]  # (2, B, nh, start + S, hs)
         # New position i sees the columns 0 .. start + i. A single new one sees all there are: no mask. At 0: causal.
         mask = x.new_ones(S, start + S, dtype=torch.bool).tril(start) if start > 0 and S > 1 else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0,
+        y = F.scaled_dot_product_attention(q, *kv, attn_mask=mask, is_causal=start == 0,
                                            dropout_p=self.dropout if self.training else 0.0)
         x = x + F.dropout(self.proj(y.transpose(1, 2).reshape(B, S, D)), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.ln2(x)), self.dropout, self.training)
