@@ -2,13 +2,9 @@
 # SPDX-License-Identifier: MIT
 """IRIS in one file: an agent that learns Atari inside its own dreams.
 
-    python iris.py --env Pong                train; ends with an evaluation and its pictures
-    python iris.py --resume runs/NAME        go on, exactly where a run stopped
-    python iris.py --eval runs/NAME          whole games; also of an authors' checkpoint: --eval Pong.pt --env Pong
-    python iris.py --dream runs/NAME         pictures and a video from inside the world model
-    python iris.py --play runs/NAME          you play, inside the world model
-    python iris.py --report runs             the table over all runs below a folder
+    python iris.py --env Pong
 
+trains, evaluates and draws pictures; --help lists the other modes: --resume, --eval, --dream, --play, --report.
 The paper is "Transformers are Sample-Efficient World Models" (Micheli, Alonso, Fleuret, ICLR 2023, arXiv:2209.00588);
 sections, equations and appendices cited below are its.
 """
@@ -25,6 +21,7 @@ sections, equations and appendices cited below are its.
 # D width of the transformer, nh heads of size hs, V vocabulary, E size of a code, g = sqrt(K) side of the token grid,
 # C channels, A actions, L size of the LSTM, H frames of a dream, N images or anything.
 import argparse
+import gc
 import importlib.util
 import io
 import json
@@ -66,8 +63,7 @@ def parse_args(argv=None):
     """Flags -> namespace. Bad ones end the program with one line on stderr and exit code 2, or raise InputError."""
     parser = argparse.ArgumentParser("iris.py", description="IRIS: Atari learned inside a world model.",
                                      allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    # One line; argparse would print its usage, some forty lines, above it.
-    parser.error = lambda message: parser.exit(2, f"iris.py: {message} (see python iris.py --help)\n")
+    parser.error = lambda message: parser.exit(2, f"iris.py: {message} (see python iris.py --help)\n")  # one line
     group, three = parser.add_argument_group, dict(type=int, nargs=3, metavar=("TOK", "WM", "AC"))
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     add_argument = partial(group("other modes").add_mutually_exclusive_group().add_argument, type=os.path.normpath)
@@ -84,6 +80,7 @@ def parse_args(argv=None):
     add_argument("--run-dir", default="runs", help="folder for the folders of runs")
     add_argument("--device", default="auto", choices=sorted({"auto", "cpu", best}), help="where to compute")
     add_argument("--mixed-precision", action=argparse.BooleanOptionalAction, help="bfloat16; default: if in hardware")
+    add_argument("--compile", action="store_true", help="torch.compile: fewer kernels, minutes of compiling; for a GPU")
     add_argument("--torch-deterministic", action="store_true", help="repeatable on a GPU, as far as torch can; slower")
     add_argument = group("schedule and real play; three numbers: of tokenizer, world model, actor-critic").add_argument
     add_argument("--epochs", type=int, default=600, help="an epoch collects, then trains the three in turn")
@@ -95,7 +92,7 @@ def parse_args(argv=None):
     add_argument("--batches", **three, default=[256, 64, 64], help="frames, segments, dreams in an update")
     add_argument("--learning-rates", **three | dict(type=float), default=[1e-4] * 3, help="of Adam")
     add_argument("--epsilon", type=float, default=0.01, help="share of random actions while collecting")
-    add_argument("--temperature", type=float, help="while collecting; default: 1, for Freeway 0.01 (appendix)")
+    add_argument("--temperature", type=float, default=1.0, help="while collecting; for Freeway 0.01 (appendix)")
     add_argument("--eval-temperature", type=float, default=0.5, help="of the policy in evaluations")
     add_argument("--eval-every", type=int, default=5, help="epochs between evaluations")
     add_argument("--eval-games", type=int, default=16, help="games of such an evaluation")
@@ -126,29 +123,28 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     device = best if args.device == "auto" else args.device
     run = re.sub(r"[/\\]checkpoint\.pt$", "", args.resume or args.eval or args.dream or args.play or "")
+    cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
+    bfloat16 = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16") or device == "cuda"  # in hardware, so it saves time
+                    and torch.cuda.is_bf16_supported(including_emulation=False))
     if run:  # its own flags are the defaults; an authors' checkpoint has none, and is the paper's
         config = dict(preset="paper") | read_checkpoint(Path(run)).get("args", {}) | dict(resume=None)
-        config |= dict(mixed_precision=None) if config.get("device") != device else {}  # what suited another machine
+        config |= dict(mixed_precision=bfloat16) if config.get("device") != device else {}  # it was another machine's
     else:
-        config = dict(preset=args.preset if args.preset != "auto" else "small" if device == "cpu" else "paper")
-        config |= SMALL if config["preset"] == "small" else {}
+        preset = args.preset if args.preset != "auto" else "small" if device == "cpu" else "paper"
+        config = dict(preset=preset, mixed_precision=bfloat16) | (SMALL if preset == "small" else {})
+        config |= dict(temperature=0.01) if "Freeway" in args.env else {}
     parser.set_defaults(**config)
     args = argparse.Namespace(**vars(parser.parse_args(argv)) | dict(run=run, device=device, preset=config["preset"]))
     args.env = args.env if "/" in args.env else f"ALE/{args.env}-v5"
     args.game = re.sub(r".*/|-v\d+$", "", args.env)
-    if args.temperature is None:
-        args.temperature = 0.01 if "Freeway" in args.env else 1.0
-    if args.mixed_precision is None:  # only where bfloat16 is computed in hardware, and so saves time
-        cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
-        args.mixed_precision = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16") or device == "cuda"
-                                    and torch.cuda.is_bf16_supported(including_emulation=False))
     for name, value in vars(args).items():
         wanted, from_zero = f"--{name.replace('_', '-')}", name in MAY_BE_ZERO
         to_one, least = from_zero and isinstance(value, float), "at least" if from_zero else "above"  # shares, gamma
         for x in value if isinstance(value, list) else [value]:
             if type(x) in (int, float) and not (0 < x < math.inf or x == 0 and from_zero) or to_one and x > 1:
                 parser.error(f"{wanted} {x} is out of range: {least} 0{', at most 1' * to_one}")
-        if args.resume and name not in ("run", "resume", "device", "mixed_precision") and value != config.get(name):
+        free = args.resume is None or name in ("resume", "run", "device", "mixed_precision", "compile")
+        if not free and value != config.get(name):
             parser.error(f"{wanted} is {config.get(name)} in {run}, and a run goes on as it began")
     for wrong, why in ((not 2 <= args.horizon <= args.sequence_length, "--horizon must be 2 to --sequence-length"),
                        (args.width % args.heads, "--width must be a multiple of --heads"),
@@ -265,8 +261,7 @@ class SpatialAttention(nn.Module):
         self.qkv, self.proj_out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, h w, 3 C)
-        q, k, v = qkv[:, None].chunk(3, dim=-1)  # each (B, 1, h w, C): one head
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)  # (B, 1 head, h w, C)
         y = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(C)) v
         return x + self.proj_out(y[:, 0].transpose(1, 2).reshape(x.shape))
 
@@ -429,11 +424,9 @@ class WorldModel(nn.Module):
         rewards = 3 if args.reward_loss == "cross-entropy" else 1  # classes are the signs -1, 0, 1
         self.head_token, self.head_reward, self.head_end = (
             nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, n)) for n in (V, rewards, 2))
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, 0.0, 0.02)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        for name, p in self.named_parameters():
+            if "ln" not in name:  # LayerNorms begin as the identity
+                nn.init.normal_(p, 0.0, 0.02) if p.dim() > 1 else nn.init.zeros_(p)
 
     def embed(self, tokens, actions):
         """Tokens (B, T, K), actions (B, T) -> (B, S, D): every step's frame tokens, then its action."""
@@ -464,7 +457,7 @@ class WorldModel(nn.Module):
         if self.reward_loss == "cross-entropy":
             reward_loss = F.cross_entropy(reward_logits.flatten(0, 1), classes.flatten())
         else:
-            reward_loss = F.mse_loss(reward_logits[valid][:, 0], rewards[valid].sign())
+            reward_loss = (valid * (reward_logits[..., 0] - rewards.sign()).square()).sum() / valid.sum()
         end_loss = F.cross_entropy(end_logits.flatten(0, 1), ends.masked_fill(~valid, -100).flatten())
         loss = token_loss + reward_loss + end_loss
         return loss, dict(token_loss=token_loss, reward_loss=reward_loss, end_loss=end_loss)
@@ -663,6 +656,7 @@ def fast(function, args):
     graphs = []  # none yet: recorded at the first call
     def replay(*inputs):
         if not graphs:  # the clones are where later inputs will be copied to
+            gc.collect()  # graphs of earlier evaluations are cyclic garbage that still holds GPU memory
             graphs.append(torch.cuda.make_graphed_callables(run, tuple(x.clone() for x in inputs)))
         return graphs[0](*inputs)
     return replay if args.device == "cuda" else run
@@ -882,6 +876,12 @@ class Training:
             for name, p in network.named_parameters():
                 groups[part == "world_model" and p.dim() == 2 and "emb" not in name]["params"].append(p)
             self.optimizers[part] = torch.optim.AdamW(groups, rate, fused=True)
+        if args.compile:  # fuses what stands between matrix products; compiling takes minutes, so only if asked for
+            for network in self.agent.children():
+                network.loss = torch.compile(network.loss, dynamic=False)  # its shapes never change
+            for block in self.agent.world_model.blocks:  # for dreams, one compilation for all positions and blocks
+                block.compile()
+            torch._dynamo.config.recompile_limit = 64  # pictures have shapes of their own
         self.act = fast(partial(self.agent.act, temperature=args.temperature), args)
         self.imagine = fast(self.imagine, args)  # the method below, from here on as a graph
         self.epoch, self.history, self.frames_saved = 0, [], 0
@@ -976,9 +976,8 @@ class Training:
             yield item
             if live and time.time() - shown > 0.5:
                 shown = time.time()
-                left = (shown - begun) / done * (len(work) - done)
-                line = f"epoch {self.epoch}: {label} {done}/{len(work)}, {left:.0f} s left"
-                print(f"\r{line:70}", end="", file=sys.stderr, flush=True)
+                line = f"{label} {done}/{len(work)}, {(shown - begun) * (len(work) / done - 1):.0f} s left"
+                print(f"\r{f'epoch {self.epoch}: {line}':70}", end="", file=sys.stderr, flush=True)
         print(f"\r{'':70}\r" * live, end="", file=sys.stderr, flush=True)
 
     def save(self):

@@ -9,6 +9,7 @@ a brute force, the bare emulator, a killed process.
 """
 import argparse
 import base64
+import contextlib
 import csv
 import itertools
 import json
@@ -823,6 +824,52 @@ def test_cuda_graph():
                 assert torch.equal(replayed[name], eager[name]), (mixed, seed, name)
             for p in agent.parameters():
                 p.data.mul_(1.01)
+
+
+@pytest.mark.parametrize("reward_loss", ["cross-entropy", "mse"])
+@pytest.mark.parametrize("part", ["tokenizer", "world_model", "actor_critic"])
+def test_no_synchronisation(part, reward_loss, monkeypatch):
+    """On torch's meta device nothing has a value: what would wait for one, or mix devices, raises. Three updates of
+    each network go through, dreams included; only then are the metrics read. So on a GPU no update waits for it."""
+    agent, args = bold_agent("--updates", *"333", "--batches", "70", "3", "3", "--revive-codes", "0",
+                             "--reward-loss", reward_loss)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no meta device
+    replay, steps = iris.Replay(200, 16, torch.float32, "meta"), []
+    replay.size, replay.episodes = 200, 3
+    for wrong in (lambda: float(replay.rewards.sum()), lambda: replay.frames[replay.rewards > 0],
+                  lambda: replay.rewards + torch.ones(200)):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            wrong()
+    run = types.SimpleNamespace(args=args, agent=agent.to("meta"), replay=replay, device="meta", amp=torch.autocast(),
+                                perceptual=iris.LPIPS().to("meta"), progress=lambda work, label: work)
+    run.batch, run.imagine = partial(iris.Training.batch, run), partial(iris.Training.imagine, run)
+    run.optimizers = {name: types.SimpleNamespace(zero_grad=network.zero_grad, step=lambda: steps.append(part))
+                      for name, network in agent.named_children()}
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        iris.Training.optimize(run, part)
+    assert len(steps) == 3
+
+
+def test_compile(tmp_path, monkeypatch):
+    """--compile computes the same: the losses of four epochs, and the tokens of a dream. Its graphs are those that a
+    GPU would compile; they are run without generating code, which takes minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    rows, dreams = [], []
+    for flags in ([], ["--compile"]):
+        args, counters = iris.parse_args([*SCHEDULE, "--dropout", "0", *flags]), torch._dynamo.utils.counters["stats"]
+        counters.clear()
+        run = iris.Training(args, tmp_path)
+        for phase in (run.collect, partial(run.optimize, "tokenizer"), run.tokenize_replay,
+                      partial(run.optimize, "world_model"), partial(run.optimize, "actor_critic")):
+            torch.manual_seed(0)
+            rows.append(phase())
+        index, valid = run.replay.sample(3, args.burn_in + 1, "stop")
+        dreams.append(run.imagine(index, valid, torch.rand(3, args.horizon - 1, args.tokens_per_frame + 3))[0])
+        assert (counters["unique_graphs"] >= 4) == bool(flags)  # of three losses, and of a block in a dream
+    for plain, compiled in zip(rows[:5], rows[5:]):
+        assert plain.keys() == compiled.keys()
+        close(list(compiled.values()), list(plain.values()), 1e-3, 1e-5)
+    assert all(torch.equal(dreams[0][name], dreams[1][name]) for name in ("tokens", "actions", "rewards", "ends"))
 
 
 @torch.no_grad()
