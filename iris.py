@@ -17,9 +17,9 @@ sections, equations and appendices cited below are its.
 #      K = 16 tokens of 512 words  ------------->  transformer over T = 20 steps of K + 1 tokens
 #          |  decoder                                              ^
 #      reconstructed frame  ---->  actor-critic (CNN, LSTM)  ----> action
-# Read it top to bottom. A letter has one meaning: B batch, T time steps, K tokens a frame, S positions (K + 1 a step),
-# D width of the transformer, nh heads of size hs, V vocabulary, E size of a code, g = sqrt(K) side of the token grid,
-# C channels, A actions, L size of the LSTM, H frames of a dream, N images or anything.
+# Read it top to bottom. Outside formulas a letter has one meaning: B batch, T time steps, K tokens a frame, S positions
+# (K + 1 a step), D width of the transformer, nh heads of size hs, V vocabulary, E size of a code, g = sqrt(K) side of
+# the token grid, C channels, A actions, L size of the LSTM, H frames of a dream, N images or anything.
 import argparse
 import gc
 import importlib.util
@@ -35,7 +35,7 @@ from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read by torch: threads wait awake for a moment, then sleep
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # torch's threads wait awake for a moment, then sleep
 
 import ale_py  # noqa: F401 (registers the games)
 import cv2
@@ -67,7 +67,7 @@ def parse_args(argv=None):
     group, three = parser.add_argument_group, dict(type=int, nargs=3, metavar=("TOK", "WM", "AC"))
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     add_argument = partial(group("other modes").add_mutually_exclusive_group().add_argument, type=os.path.normpath)
-    add_argument("--resume", metavar="RUN", help="go on with this run folder; its flags are taken from there")
+    add_argument("--resume", metavar="RUN", help="go on with this run folder; all flags but --device are its own")
     add_argument("--eval", metavar="RUN", help="play --final-games with this run, or with an authors' checkpoint")
     add_argument("--dream", metavar="RUN", help="pictures and a video from inside this run's world model")
     add_argument("--play", metavar="RUN", help="you play inside this run's world model, in a window")
@@ -80,7 +80,7 @@ def parse_args(argv=None):
     add_argument("--run-dir", default="runs", help="folder for the folders of runs")
     add_argument("--device", default="auto", choices=sorted({"auto", "cpu", best}), help="where to compute")
     add_argument("--mixed-precision", action=argparse.BooleanOptionalAction, help="bfloat16; default: if in hardware")
-    add_argument("--compile", action="store_true", help="torch.compile: fewer kernels, minutes of compiling; for a GPU")
+    add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile; for a GPU")
     add_argument("--torch-deterministic", action="store_true", help="repeatable on a GPU, as far as torch can; slower")
     add_argument = group("schedule and real play; three numbers: of tokenizer, world model, actor-critic").add_argument
     add_argument("--epochs", type=int, default=600, help="an epoch collects, then trains the three in turn")
@@ -112,7 +112,7 @@ def parse_args(argv=None):
     add_argument("--heads", type=int, default=4, help="attention heads")
     add_argument("--width", type=int, default=256, help="D, a multiple of the heads")
     add_argument("--dropout", type=float, default=0.1, help="on embedding, attention and residuals")
-    add_argument("--reward-loss", choices=("cross-entropy", "mse"), default="cross-entropy", help="mse: the text")
+    add_argument("--reward-loss", choices=("cross-entropy", "mse"), default="cross-entropy", help="the paper says mse")
     add_argument("--policy-shrink", type=int, choices=(1, 2, 4), default=1, help="above 1: the policy sees less")
     add_argument("--lstm-size", type=int, default=512, help="L: size of the policy's memory")
     add_argument("--burn-in", type=int, default=20, help="real frames that fill it before a dream")
@@ -122,7 +122,7 @@ def parse_args(argv=None):
     add_argument("--entropy-coef", type=float, default=0.001, help="weight of the entropy bonus")
     args = parser.parse_args(argv)
     device = best if args.device == "auto" else args.device
-    run = re.sub(r"[/\\]checkpoint\.pt$", "", args.resume or args.eval or args.dream or args.play or "")
+    run = re.sub(r"(?<![^/\\])checkpoint\.pt$", ".", args.resume or args.eval or args.dream or args.play or "")
     cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
     bfloat16 = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16") or device == "cuda"  # in hardware, so it saves time
                     and torch.cuda.is_bf16_supported(including_emulation=False))
@@ -139,7 +139,7 @@ def parse_args(argv=None):
     args.game = re.sub(r".*/|-v\d+$", "", args.env)
     for name, value in vars(args).items():
         wanted, from_zero = f"--{name.replace('_', '-')}", name in MAY_BE_ZERO
-        to_one, least = from_zero and isinstance(value, float), "at least" if from_zero else "above"  # shares, gamma
+        to_one, least = from_zero and isinstance(value, float), "at least" if from_zero else "above"  # shares, weights
         for x in value if isinstance(value, list) else [value]:
             if type(x) in (int, float) and not (0 < x < math.inf or x == 0 and from_zero) or to_one and x > 1:
                 parser.error(f"{wanted} {x} is out of range: {least} 0{', at most 1' * to_one}")
@@ -150,18 +150,18 @@ def parse_args(argv=None):
                        (args.width % args.heads, "--width must be a multiple of --heads"),
                        (args.tokenizer_channels % 32, "--tokenizer-channels must be a multiple of 32"),
                        (args.stem_stride * args.tokens_per_frame > 512, "64 --tokens-per-frame: --stem-stride up to 8"),
-                       (args.starts != sorted(args.starts), "--starts must rise: each part needs the one before")):
+                       (args.starts != sorted(args.starts), "--starts must not fall: each part needs the one before")):
         if wrong:
             parser.error(why)
     return args
 
 # ---- 2. Environment: real Atari frames, two hours of them ------------------------------------------------------------
 def make_env(env_id, num_envs=1, training=True):
-    """A gymnasium VectorEnv: observations (num_envs, 1, 64, 64, 3) uint8 RGB, discrete actions, `terminations` as ends,
+    """A gymnasium VectorEnv: observations (num_envs, 1, 64, 64, 3) uint8 RGB, discrete actions, ends as `terminations`,
     info["lives"], info["episode_frame_number"]. For a game of your own, change only this. InputError if unknown."""
     # ale-py's vector environment does all of it in C++, down to an area resize that keeps a one-pixel ball. Many of its
     # defaults are for other protocols, hence the list. In training a lost life ends the episode without restarting the
-    # game; games begin with up to 30 no-ops and last up to 20,000 raw frames. In evaluation they are whole (108,000).
+    # game; games begin with up to 30 no-ops and last up to 20,000 raw frames. In evaluation: none, and 108,000.
     try:
         return gym.make_vec(
             env_id, num_envs=num_envs, frameskip=4, img_height=64, img_width=64, grayscale=False, stack_num=1,
@@ -189,11 +189,12 @@ class Game:
         self.actions.append(action)
         frames, rewards, terminated, truncated, info = self.env.step(np.array([action]))
         reward, self.first, score = float(rewards[0]), bool(terminated[0] or truncated[0]), None
-        if self.first:  # one no-op: the game goes on with the next life; or is over, and its clock falls back
-            frames, rewards, _, out_of_time, after = self.env.step(np.array([0]))
+        if self.first:  # one no-op: the game goes on with the next life; or is over, and its frames count from 0 again
+            frames, rewards, over, out_of_time, after = self.env.step(np.array([0]))
             reward += float(rewards[0])
         self.frame, self.score = frames[0, 0], self.score + reward
-        if self.first and (out_of_time[0] or after["episode_frame_number"][0] < info["episode_frame_number"][0]):
+        if self.first and (over[0] or out_of_time[0]
+                           or after["episode_frame_number"][0] < info["episode_frame_number"][0]):
             score = self.score
             self.begin(self.number + 1)
         return reward, bool(terminated[0]), score
@@ -223,7 +224,7 @@ class Replay:
 
     def sample(self, batch, steps, align):
         """Segments of T = `steps` steps -> index (B, T) into the columns, valid (B, T), false where padded."""
-        # Episodes are drawn uniformly, not steps: short ones, with their rare ends, come up more often. The running
+        # Episodes are drawn uniformly, not steps, so the steps of short ones, and ends, come up more often. The running
         # episode is one of them. Then one of its steps is drawn, as the first of the segment or as its last:
         #   align="start", the world model:   s  s+1  s+2  -   -     s drawn; padding on the right if the episode ends
         #   align="stop", the policy:         -   -    0  ... s      s drawn; padding on the left if it begins too late
@@ -481,7 +482,7 @@ class ActorCritic(nn.Module):
         self.cnn = nn.Sequential(*layers, nn.Flatten())  # (N, 3, 64, 64) -> (N, 1024), fewer if shrunk
         self.lstm = nn.LSTMCell(64 * (4 // args.policy_shrink) ** 2, args.lstm_size)
         self.actor, self.critic = nn.Linear(args.lstm_size, num_actions), nn.Linear(args.lstm_size, 1)
-        # torch's default lets through some 3 % of what differs between frames: the policy would start nearly blind.
+        # torch's initialisation lets through 3 % of what differs between frames: a policy would start nearly blind.
         for p in self.cnn.parameters():
             nn.init.orthogonal_(p, math.sqrt(2)) if p.dim() > 1 else nn.init.zeros_(p)
         nn.init.orthogonal_(self.lstm.weight_ih)
@@ -549,15 +550,15 @@ class Agent(nn.Module):
 def dream(agent, tokens, past_actions, frame, state, u, actions=None):
     """Plays inside the world model, from the last of n real frames -> dict of frames (B, H, 3, 64, 64) and tokens
     (B, H, K), both beginning with that frame, actions, rewards and ends (B, H - 1).
-      tokens (B, n, K), past_actions (B, n - 1): the real frames, and the actions between them; training: n = 1
+      tokens (B, n, K), past_actions (B, n - 1): the real frames, and the actions between them; in training n = 1
       frame (B, 3, 64, 64), state: the last of them as drawn, and the policy's memory before seeing it
       u (B, H - 1, K + 3): uniform numbers; a step uses one for action, reward and end each, and K for tokens
       actions (B, H - 1): if given, played instead of the policy's"""
     # Keys and values of the past are cached, so that a new position costs one position. A frame's last token predicts
     # nothing and waits for the action; the two go in together, hence K passes for the K + 1 positions of a step.
     world_model, K = agent.world_model, agent.world_model.tokens_per_frame
-    embedded = world_model.token_embedding(tokens[:, -1])  # (B, K, D)
-    prefix, last = torch.cat([world_model.embed(tokens[:, :-1], past_actions), embedded[:, :-1]], 1), embedded[:, -1]
+    embedded = world_model.embed(tokens, F.pad(past_actions, (0, 1)))[:, :-1]  # all but the action to come
+    prefix, last = embedded[:, :-1], embedded[:, -1]
     block, (positions, D) = world_model.blocks[0], world_model.pos_emb.weight.shape
     shape = len(world_model.blocks), 2, len(tokens), block.heads, positions, D // block.heads
     caches = block.qkv(last).new_zeros(shape)  # new_zeros of a qkv: in its precision, bfloat16 under autocast
@@ -662,7 +663,7 @@ def fast(function, args):
     return replay if args.device == "cuda" else run
 
 def evaluate(agent, args, games, enough=None):
-    """Plays whole games -> scores (games,), [frames, actions, rewards, ends] of game 0; stops at `enough` of these."""
+    """Plays whole games -> scores (games,), [frames, actions, rewards, ends] of game 0; stops at `enough` frames."""
     # Every game has its own seed for the emulator and its own stream of random numbers for the policy, and every game
     # counts. So a return depends, up to rounding, neither on how many are played side by side nor on which end first.
     env, device, numbers = make_env(args.env, games, training=False), torch.device(args.device), np.arange(games)
@@ -854,7 +855,7 @@ def play(agent, args):
         key = cv2.waitKey(66) & 255  # 15 frames a second, less the dream's time; 255: no key
         paused ^= key == ord(" ")
 
-# ---- 11. Training: collect, then train the three parts, six hundred times --------------------------------------------
+# ---- 11. Training: collect, then train the three parts, epoch after epoch --------------------------------------------
 class Training:
     """All that a run consists of. The phases of an epoch are methods that return metrics; train() is the schedule."""
     def __init__(self, args, folder):
@@ -879,15 +880,15 @@ class Training:
         if args.compile:  # fuses what stands between matrix products; compiling takes minutes, so only if asked for
             for network in self.agent.children():
                 network.loss = torch.compile(network.loss, dynamic=False)  # its shapes never change
-            for block in self.agent.world_model.blocks:  # for dreams, one compilation for all positions and blocks
+            for block in self.agent.world_model.blocks:  # for dreams; all blocks share what is compiled
                 block.compile()
             torch._dynamo.config.recompile_limit = 64  # pictures have shapes of their own
         self.act = fast(partial(self.agent.act, temperature=args.temperature), args)
         self.imagine = fast(self.imagine, args)  # the method below, from here on as a graph
-        self.epoch, self.history, self.frames_saved = 0, [], 0
+        self.epoch, self.history = 0, []
 
     def collect(self):
-        """Real steps, into the replay. The policy's memory starts from the last frames of the running episode."""
+        """Real steps, into the replay. The policy has changed, so its memory of the running episode is made anew."""
         args, replay, game, scores = self.args, self.replay, self.game, []
         empty = state = self.agent.actor_critic.initial_state(1)
         begun = replay.size if game.first else int(replay.starts[replay.episodes - 1])
@@ -987,15 +988,15 @@ class Training:
         write_atomically(self.folder / "metrics.csv", "".join(",".join(line) + "\n" for line in lines).encode())
         # Each epoch's frames get a file of their own, 2.5 MB where a checkpoint with all would be 1.2 GB. It is named
         # after its first step, so an epoch that was killed and is played again replaces it.
-        new = self.replay.frames[self.frames_saved:self.replay.size].cpu().numpy()
-        write_atomically(self.folder / "frames" / f"{self.frames_saved:07d}.bin", new.tobytes())
-        self.frames_saved, buffer = self.replay.size, io.BytesIO()
+        start, buffer = max(0, self.replay.size - self.args.collect_steps), io.BytesIO()
+        new = self.replay.frames[start:self.replay.size].cpu().numpy()
+        write_atomically(self.folder / "frames" / f"{start:07d}.bin", new.tobytes())
         torch.save(dict(
             args=vars(self.args), epoch=self.epoch, history=self.history, agent=self.agent.state_dict(),
             optimizers={part: optimizer.state_dict() for part, optimizer in self.optimizers.items()},
-            game=self.game.number, actions=self.game.actions, replay={  # the rest of it is in files, or computed anew
-                name: value for name, value in vars(self.replay).items()
-                if name not in ("frames", "tokens", "reconstructions")}), buffer)
+            game=self.game.number, actions=self.game.actions, replay={  # all but what is in files, or computed anew
+                name: getattr(self.replay, name) for name in (
+                    "size", "episodes", "starts", "actions", "rewards", "ends")}), buffer)
         write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer())
 
     def load(self):
@@ -1013,7 +1014,7 @@ class Training:
         frames = np.concatenate([np.empty(0, np.uint8), *(np.fromfile(file, np.uint8) for file in files)])
         if len(frames) != size * 64 * 64 * 3:
             raise InputError(f"{self.folder / 'frames'} does not hold the checkpoint's {size} frames: it is damaged")
-        self.replay.frames[:size], self.frames_saved = torch.from_numpy(frames).view(-1, 64, 64, 3), size
+        self.replay.frames[:size] = torch.from_numpy(frames).view(-1, 64, 64, 3)
 
 def train(args, folder):
     """The whole run: the phases of every epoch in order, a checkpoint after each epoch, the final evaluation."""
@@ -1033,15 +1034,13 @@ def train(args, folder):
     while run.epoch < args.epochs:
         run.epoch += 1
         torch.manual_seed(args.seed * 100_000 + run.epoch)  # an epoch's luck is its own: no generator state to keep
-        tokenizing, modelling, dreaming = (run.epoch >= start for start in args.starts)
-        tokenizing = tokenizing and run.epoch <= args.tokenizer_stop
-        row, begun = dict(epoch=run.epoch), time.time()
-        for name, due, phase in (("collect", run.epoch <= args.collect_epochs, run.collect),
-                                 ("tokenizer", tokenizing, partial(run.optimize, "tokenizer")),
-                                 ("tokens", modelling, run.tokenize_replay),
-                                 ("world_model", modelling, partial(run.optimize, "world_model")),
-                                 ("actor_critic", dreaming, partial(run.optimize, "actor_critic"))):
-            if due:
+        row, begun, (first, second, third) = dict(epoch=run.epoch), time.time(), args.starts
+        for name, start, stop, phase in (("collect", 1, args.collect_epochs, run.collect),
+                                         ("tokenizer", first, args.tokenizer_stop, partial(run.optimize, "tokenizer")),
+                                         ("tokens", second, args.epochs, run.tokenize_replay),
+                                         ("world_model", second, args.epochs, partial(run.optimize, "world_model")),
+                                         ("actor_critic", third, args.epochs, partial(run.optimize, "actor_critic"))):
+            if start <= run.epoch <= stop:
                 started = time.time()
                 row.update(phase())
                 row[f"seconds_{name}"] = time.time() - started
@@ -1055,7 +1054,7 @@ def train(args, folder):
         run.history.append(row)
         run.save()
         told = {"tokenizer_loss", "token_loss", "entropy", "dream_return", "train_return"} & row.keys()
-        left = f"{(args.epochs - run.epoch) * row['seconds'] / 60:.0f} min left{'' if dreaming else ' or more'}"
+        left = f"{(args.epochs - run.epoch) * row['seconds'] / 60:.0f} min left{' or more' * (run.epoch < third)}"
         print(f"epoch {run.epoch}/{args.epochs}: {', '.join(f'{name} {row[name]:.3g}' for name in sorted(told))}; "
               f"{row['seconds']:.0f} s, {left}", flush=True)
         for name, value in row.items() if board else ():
@@ -1088,8 +1087,6 @@ def main(argv=None):
         return 0
     except (InputError, OSError, FloatingPointError, KeyboardInterrupt, torch.OutOfMemoryError, cv2.error) as error:
         code, message = {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2), str(error) or "stopped"
-        if isinstance(error, OSError):  # no such place, no right to write there, disk full
-            message = f"{error.filename or folder}: {error.strerror or error}"
         if isinstance(error, (OSError, KeyboardInterrupt)) and folder and os.path.exists(folder):
             message += f"; go on with python iris.py --resume {folder}"
         print(f"iris.py: {' '.join(message.split())}", file=sys.stderr)

@@ -37,6 +37,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ale_py import roms
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import iris
@@ -1713,6 +1714,26 @@ class Plain:
                   + advantage.square().mean() - args.entropy_coef * policy_now.entropy().mean())
 
 
+class Kernels(TorchDispatchMode):
+    """Counts the operations that make a device do something, each at least one kernel: all but views and new memory."""
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += not operation.is_view and "empty" not in str(operation)
+        return operation(*args, **kwargs or {})
+
+
+def test_kernels():
+    """Two products, a bias and a sum are four, whatever views lie between; and so are two products' gradients."""
+    x, w = torch.ones(2, 3), torch.ones(3, 3, requires_grad=True)
+    with Kernels() as kernels:
+        y = (x @ w.T @ w + 1).view(3, 2).sum()
+    assert kernels.count == 4
+    with Kernels() as kernels:
+        y.backward()
+    assert 4 <= kernels.count <= 6  # the first gradient, three products, the sum of two of them
+
+
 def benchmark(argv):
     """Times the phases of an epoch on real frames, and with --compare the plain data flow beside them."""
     parser = argparse.ArgumentParser(description=benchmark.__doc__, allow_abbrev=False)
@@ -1720,6 +1741,7 @@ def benchmark(argv):
     parser.add_argument("--compare", action="store_true", help="the plain data flow too, in the same process")
     parser.add_argument("--only", choices=("plain", "ours"), help="one data flow's updates alone, for its peak memory")
     parser.add_argument("--eager", action="store_true", help="ours without CUDA graphs")
+    parser.add_argument("--lpips", action="store_true", help="with LPIPS; untrained, it takes as long")
     parser.add_argument("--frames", type=int, default=2000, help="real steps in the replay")
     parser.add_argument("--measured-updates", type=int, default=3, help="updates in one measurement")
     parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the median counts")
@@ -1727,16 +1749,19 @@ def benchmark(argv):
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # the tests above want one
     args = iris.parse_args([*flags, "--perceptual-loss", "none", "--reconstruction-loss", "l1"])
     plan, n, gpu = types.SimpleNamespace(**vars(args)), options.measured_updates, args.device == "cuda"
-    args.updates, args.collect_epochs, args.collect_steps = [n] * 3, options.frames, 1
+    args.updates, args.collect_epochs, args.collect_steps, args.revive_codes = [n] * 3, options.frames, 1, 0
     if options.eager:
         iris.fast = lambda function, args: torch.no_grad()(torch.autocast(
             args.device, torch.bfloat16, enabled=args.mixed_precision)(function))
     run = iris.Training(args, Path(tempfile.mkdtemp()))
-    rng = np.random.default_rng(0)
-    while run.replay.size < options.frames:
+    run.perceptual = iris.LPIPS().to(run.device) if options.lpips else None
+    rng, score, game_steps = np.random.default_rng(0), None, 0
+    while run.replay.size < options.frames or score is None:  # to the end of a game, to know how long one lasts
         frame, first, action = run.game.frame, run.game.first, int(rng.integers(run.game.num_actions))
-        reward, end, _ = run.game.step(action)
-        run.replay.add(frame, action, reward, end, first)
+        reward, end, score = run.game.step(action)
+        game_steps += run.game.number == 0
+        if run.replay.size < options.frames:
+            run.replay.add(frame, action, reward, end, first)
     run.epoch = args.epochs  # an epoch in which everything is due
 
     def median_seconds(work):
@@ -1760,12 +1785,23 @@ def benchmark(argv):
         run.imagine(index, valid, torch.rand(args.batches[2], args.horizon - 1, args.tokens_per_frame + 3,
                                              device=run.device))
 
-    ours, plain = {}, {}
+    def count(work):
+        """GFLOP and kernels of an update of a batch of one."""
+        batches, updates, args.batches, args.updates = args.batches, args.updates, [1] * 3, [1] * 3
+        with FlopCounterMode(display=False) as flops, Kernels() as kernels:
+            work()
+        args.batches, args.updates = batches, updates
+        return flops.get_total_flops() / 1e9, kernels.count
+
+    labels, ours, plain = dict(zip(run.optimizers, ("tokenizer", "world model", "actor-critic"))), {}, {}
     print(f"{args.game}, {args.preset} preset, {args.device}, {torch.get_num_threads()} threads, "
           f"{'bfloat16' if args.mixed_precision else 'float32'}, batches {args.batches}, {run.replay.size} real steps")
+    x = torch.ones(2048, 2048, device=run.device, dtype=torch.bfloat16 if args.mixed_precision else torch.float32)
+    fastest = 2 * 2048 ** 3 / median_seconds(lambda: x @ x) / 1e9
+    print(f"  a product of 2048 x 2048 matrices: {fastest:.0f} GFLOP/s")
     if options.only != "plain":
         ours["replay, a frame"] = median_seconds(run.tokenize_replay) / run.replay.size
-        for part, label in zip(run.optimizers, ("tokenizer", "world model", "actor-critic")):
+        for part, label in labels.items():
             ours[f"{label}, an update"] = median_seconds(lambda part=part: run.optimize(part)) / n
         ours["dream, of that update"] = median_seconds(imagine)
     if not options.only:
@@ -1775,17 +1811,7 @@ def benchmark(argv):
             run.agent, args, plan.eval_games, enough=steps)) / steps / plan.eval_games
     if options.compare or options.only == "plain":
         flow = Plain(run)
-        for part, label in zip(run.optimizers, ("tokenizer", "world model", "actor-critic")):
-            plain[f"{label}, an update"] = median_seconds(getattr(flow, part))
-            if not options.only and not gpu:  # a graph hides its kernels from the counter
-                counts = []
-                for work in (lambda part=part: run.optimize(part), getattr(flow, part)):
-                    with FlopCounterMode(display=False) as counter:
-                        work()
-                    counts.append(counter.get_total_flops() / 1e9)
-                counts[0] /= n
-                print(f"  {label}: {counts[0]:.0f} GFLOP an update, plain {counts[1]:.0f}: at equal speed "
-                      f"{counts[1] / counts[0]:.2f} times as fast")
+        plain = {f"{label}, an update": median_seconds(getattr(flow, part)) for part, label in labels.items()}
     for label in ours or plain:
         print(f"  {label:24}" + "".join(f"{name} {times[label] * 1e3:10.2f} ms   " for name, times in (
             ("ours", ours), ("plain", plain)) if label in times)
@@ -1795,31 +1821,38 @@ def benchmark(argv):
     if options.only:
         return
     print(f"  imagined frames: {args.batches[2] * args.horizon / ours['dream, of that update']:.0f} a second")
-    updates = dict(zip(("tokenizer", "world model", "actor-critic"), plan.updates))
+    if plain and not gpu:  # a graph hides what it does from the counters
+        for (part, label), batch in zip(labels.items(), args.batches):
+            (work, kernels), (plain_work, plain_kernels) = (count(update) for update in (
+                lambda part=part: run.optimize(part), getattr(flow, part)))
+            speed = work * batch / ours[f"{label}, an update"]
+            print(f"  {label}: {work * batch:.0f} GFLOP an update at {speed:.0f} GFLOP/s, {speed / fastest:.0%} of the "
+                  f"product above; plain {plain_work * batch:.0f} GFLOP, so {plain_work / work:.2f} times as fast at "
+                  f"equal speed; {kernels} kernels, plain {plain_kernels}")
     # The frames that an epoch tokenizes grow from the first to the last; halfway stands for all. With batches cut, as
     # a CPU wants it, they are cut too, so that the shares of an epoch stay what they are.
     cut = args.batches[1] / iris.parse_args(["--preset", args.preset, "--device", "cpu"]).batches[1]
     real = plan.collect_epochs * plan.collect_steps / 2 * cut
-    learning = {flow: sum(times[f"{label}, an update"] * count for label, count in updates.items())
-                for flow, times in (("ours", ours), ("plain", plain)) if times}
-    acting = ours["collection, a step"] * plan.collect_steps
-    seconds = learning["ours"] + acting + ours["replay, a frame"] * real
-    print(f"  an epoch, everything on, halfway through: {seconds:.1f} s; its shares: " + ", ".join(
-        f"{name} {part / seconds:.0%}" for name, part in [("collection", acting), (
-            "replay", ours["replay, a frame"] * real)] + [
-            (label, ours[f"{label}, an update"] * count) for label, count in updates.items()]))
+    learning = {f"{label}, an update": updates for label, updates in zip(labels.values(), plan.updates)}
+    game = ours["evaluation, a frame"] * game_steps  # of random play; better players' can be longer
+    shares = {"collection": ours["collection, a step"] * plan.collect_steps, "replay": ours["replay, a frame"] * real,
+              "evaluation": game * plan.eval_games / plan.eval_every}
+    shares |= {label.split(",")[0]: ours[label] * updates for label, updates in learning.items()}
+    seconds = sum(shares.values())
+    print(f"  an epoch, everything on, halfway through: {seconds:.1f} s; its shares: "
+          + ", ".join(f"{name} {share / seconds:.0%}" for name, share in shares.items()))
     if plain:
-        print(f"  plain, the same epoch: {learning['plain'] + acting:.1f} s, "
-              f"{(learning['plain'] + acting) / seconds:.2f} times as long")
-    total = 0.0
+        same = sum(plain[label] * updates for label, updates in learning.items()) + shares["collection"] + (
+            shares["evaluation"])
+        print(f"  plain, the same epoch: {same:.1f} s, {same / seconds:.2f} times as long")
+    total = game * plan.final_games
     for epoch in range(1, plan.epochs + 1):
         tokenizing, modelling, dreaming = (epoch >= start for start in plan.starts)
-        total += acting * (epoch <= plan.collect_epochs)
-        total += ours["replay, a frame"] * min(epoch, plan.collect_epochs) * plan.collect_steps * cut * modelling
-        for label, due in (("tokenizer", tokenizing and epoch <= plan.tokenizer_stop), ("world model", modelling),
-                           ("actor-critic", dreaming)):
-            total += ours[f"{label}, an update"] * updates[label] * due
-    print(f"  a whole run at these batches, evaluations and LPIPS aside: {total / 3600:.1f} hours")
+        due = dict(collection=epoch <= plan.collect_epochs, evaluation=True, replay=modelling * min(
+            epoch, plan.collect_epochs) / (plan.collect_epochs / 2), tokenizer=tokenizing and (
+                epoch <= plan.tokenizer_stop)) | {"world model": modelling, "actor-critic": dreaming}
+        total += sum(share * due[name] for name, share in shares.items())
+    print(f"  a whole run at these batches{'' if options.lpips else ', without LPIPS'}: {total / 3600:.1f} hours")
 
 
 def kill_and_resume(argv):
