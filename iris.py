@@ -262,7 +262,8 @@ class SpatialAttention(nn.Module):
         self.qkv, self.proj_out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)  # (B, 1 head, h w, C)
+        # each (B, 1 head, h w, C), with the channels side by side in memory: else a GPU's fused attention declines
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()[:, None].chunk(3, dim=-1)
         y = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(C)) v
         return x + self.proj_out(y[:, 0].transpose(1, 2).reshape(x.shape))
 
@@ -350,15 +351,19 @@ class LPIPS(nn.Module):
         self.register_buffer("normal", normal[..., None, None], persistent=False)
         self.requires_grad_(False)
 
-    def forward(self, x, y):
-        """Images (N, 3, h, w) in [-1, 1] -> distances (N,)."""
-        distance, heads, h = 0, iter(self.heads), (torch.cat([x, y]) - self.normal[0]) / self.normal[1]
+    def see(self, h):
+        """Images (N, 3, h, w) in [-1, 1] -> what the VGG16 sees on five scales, one after another."""
+        h = (h - self.normal[0]) / self.normal[1]
         for i, layer in enumerate(self.features):
             h = layer(h)
             if i in (3, 8, 15, 22, 29):  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
-                a, b = F.normalize(h.float(), eps=1e-10).chunk(2)
-                distance = distance + next(heads)((a - b).square()).mean((1, 2, 3))
-        return distance
+                yield F.normalize(h.float(), eps=1e-10)
+
+    def forward(self, x, y):
+        """Images x and y -> distances (N,), with a gradient for y only."""
+        with torch.no_grad():
+            seen = list(self.see(x))
+        return sum(head((a - b).square()).mean((1, 2, 3)) for head, a, b in zip(self.heads, seen, self.see(y)))
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 HEADS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
@@ -880,9 +885,6 @@ class Training:
         if args.compile:  # fuses what stands between matrix products; compiling takes minutes, so only if asked for
             for network in self.agent.children():
                 network.loss = torch.compile(network.loss, dynamic=False)  # its shapes never change
-            for block in self.agent.world_model.blocks:  # for dreams; all blocks share what is compiled
-                block.compile()
-            torch._dynamo.config.recompile_limit = 64  # pictures have shapes of their own
         self.act = fast(partial(self.agent.act, temperature=args.temperature), args)
         self.imagine = fast(self.imagine, args)  # the method below, from here on as a graph
         self.epoch, self.history = 0, []
@@ -965,7 +967,7 @@ class Training:
         """What the next two phases need of the tokenizer, once for every frame: it does not change under them."""
         replay = self.replay
         for start in self.progress(range(0, replay.size, 256), "tokens"):
-            part = slice(start, min(start + 256, replay.size))
+            part = slice(max(0, min(start, replay.size - 256)), start + 256)  # always 256: a GPU tunes itself to a size
             with self.amp:
                 replay.tokens[part], replay.reconstructions[part] = self.agent.tokenizer.look(replay.frames[part])
         return dict(codes_in_use=len(replay.tokens[:replay.size].unique()))
@@ -1069,6 +1071,7 @@ def main(argv=None):
         args = parse_args(argv)
         torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not args.torch_deterministic
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan each of a dream's some 300 shapes
         if args.report:
             report(Path(args.report))
         elif args.play:

@@ -284,7 +284,12 @@ def test_lpips_weights(cached, tmp_path, monkeypatch, capfd, paper, official):
         tokenizer, frames = paper[0].tokenizer, paper[2]
         with torch.no_grad():
             drawn = tokenizer.decoder(tokenizer.embed(tokenizer.look(frames)[0]))
-            close(iris.load_lpips("lpips", "cpu")(iris.to_network(frames), drawn).mean(), 0.119931)
+        lpips, x, step = iris.load_lpips("lpips", "cpu"), iris.to_network(frames), 1e-3 * torch.randn_like(drawn)
+        distance = lpips(x, drawn.requires_grad_()).mean()
+        close(distance, 0.119931)
+        distance.backward()
+        with torch.no_grad():  # its gradient against a difference quotient
+            close((drawn.grad * step).sum(), (lpips(x, drawn + step) - lpips(x, drawn - step)).mean() / 2, 0.02)
     else:
         with pytest.raises(iris.InputError, match="hash"):
             iris.load_lpips("lpips", "cpu")
@@ -852,25 +857,21 @@ def test_no_synchronisation(part, reward_loss, monkeypatch):
 
 
 def test_compile(tmp_path, monkeypatch):
-    """--compile computes the same: the losses of four epochs, and the tokens of a dream. Its graphs are those that a
-    GPU would compile; they are run without generating code, which takes minutes."""
+    """--compile computes the same metrics in all phases of an epoch. The graphs are those that a GPU would compile;
+    they are run without generating code, which takes minutes."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    rows, dreams = [], []
+    rows, counters = [], torch._dynamo.utils.counters
     for flags in ([], ["--compile"]):
-        args, counters = iris.parse_args([*SCHEDULE, "--dropout", "0", *flags]), torch._dynamo.utils.counters["stats"]
         counters.clear()
-        run = iris.Training(args, tmp_path)
+        run = iris.Training(iris.parse_args([*SCHEDULE, "--dropout", "0", *flags]), tmp_path)
         for phase in (run.collect, partial(run.optimize, "tokenizer"), run.tokenize_replay,
                       partial(run.optimize, "world_model"), partial(run.optimize, "actor_critic")):
             torch.manual_seed(0)
             rows.append(phase())
-        index, valid = run.replay.sample(3, args.burn_in + 1, "stop")
-        dreams.append(run.imagine(index, valid, torch.rand(3, args.horizon - 1, args.tokens_per_frame + 3))[0])
-        assert (counters["unique_graphs"] >= 4) == bool(flags)  # of three losses, and of a block in a dream
+        assert (counters["stats"]["unique_graphs"] >= 3) == bool(flags) and not counters["graph_break"]
     for plain, compiled in zip(rows[:5], rows[5:]):
         assert plain.keys() == compiled.keys()
         close(list(compiled.values()), list(plain.values()), 1e-3, 1e-5)
-    assert all(torch.equal(dreams[0][name], dreams[1][name]) for name in ("tokens", "actions", "rewards", "ends"))
 
 
 @torch.no_grad()
