@@ -967,7 +967,7 @@ class Training:
         """What the next two phases need of the tokenizer, once for every frame: it does not change under them."""
         replay = self.replay
         for start in self.progress(range(0, replay.size, 256), "tokens"):
-            part = slice(max(0, min(start, replay.size - 256)), start + 256)  # always 256: a GPU tunes itself to a size
+            part = slice(max(0, min(start, replay.size - 256)), min(start + 256, replay.size))  # all of one size
             with self.amp:
                 replay.tokens[part], replay.reconstructions[part] = self.agent.tokenizer.look(replay.frames[part])
         return dict(codes_in_use=len(replay.tokens[:replay.size].unique()))

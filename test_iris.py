@@ -856,6 +856,25 @@ def test_no_synchronisation(part, reward_loss, monkeypatch):
     assert len(steps) == 3
 
 
+@pytest.mark.parametrize("size, parts", [(5, [5]), (256, [256]), (600, [256] * 3)])
+def test_tokenize_replay(size, parts, monkeypatch):
+    """Every frame's tokens and reconstruction are its own, whatever else is looked at beside it; what is not yet played
+    is left alone; and the tokenizer looks at 256 at a time, as soon as there are so many."""
+    agent, looked = bold_agent("--stem-stride", "16")[0], []
+    replay = iris.Replay(700, 16, torch.float32, "cpu")
+    replay.frames[:], replay.size, look = torch.randint(256, (700, 64, 64, 3)), size, agent.tokenizer.look
+    monkeypatch.setattr(agent.tokenizer, "look", lambda frames: (looked.append(len(frames)), look(frames))[1])
+    run = types.SimpleNamespace(agent=agent, replay=replay, amp=contextlib.nullcontext(), progress=lambda work, _: work)
+    metrics = iris.Training.tokenize_replay(run)
+    assert looked == parts
+    with torch.no_grad():
+        singly = [look(frame[None]) for frame in replay.frames[:size]]
+    tokens, drawn = (torch.cat(column) for column in zip(*singly))
+    assert torch.equal(replay.tokens[:size], tokens) and metrics == dict(codes_in_use=len(tokens.unique()))
+    close(replay.reconstructions[:size], drawn, 1e-4, 1e-5)
+    assert not replay.tokens[size:].any() and not replay.reconstructions[size:].any()
+
+
 def test_compile(tmp_path, monkeypatch):
     """--compile computes the same metrics in all phases of an epoch. The graphs are those that a GPU would compile;
     they are run without generating code, which takes minutes."""
