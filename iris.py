@@ -286,6 +286,7 @@ class Tokenizer(nn.Module):
             return dict(mid_block_1=ResBlock(C), mid_attn_1=SpatialAttention(C), mid_block_2=ResBlock(C))
         def output(n):
             return dict(norm_out=nn.GroupNorm(32, C, eps=1e-6), silu=nn.SiLU(), conv_out=nn.Conv2d(C, n, 3, padding=1))
+        # A stem of stride s makes one place of s x s pixels; the decoder's PixelShuffle lays 3 s^2 channels out so.
         encoder = dict(conv_in=nn.Conv2d(3, C, stride + 2, stride, padding=1))
         for i, size in enumerate(sizes):  # downwards; the halving convolution is padded on the right and at the bottom
             encoder |= level(f"down_{i}", size, args.tokenizer_blocks)
@@ -296,7 +297,6 @@ class Tokenizer(nn.Module):
             decoder |= level(f"up_{i}", size, args.tokenizer_blocks + 1)
             if i > 0:
                 decoder[f"up_{i}_upsample"] = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(C, C, 3, padding=1))
-        # A stem of stride s makes one place of s x s pixels; the decoder returns them as 3 s^2 channels, laid out anew.
         self.encoder = nn.Sequential(OrderedDict(encoder | middle() | output(E), pre_quant=nn.Conv2d(E, E, 1)))
         self.decoder = nn.Sequential(OrderedDict(decoder | output(3 * stride ** 2), pixels=nn.PixelShuffle(stride)))
         self.codebook = nn.Embedding(args.vocab_size, E)
@@ -590,6 +590,23 @@ def dream(agent, tokens, past_actions, frame, state, u, actions=None):
         dreamt["frames"].append(frame)
     return {name: torch.stack(steps, dim=1) for name, steps in dreamt.items()}
 
+def fast(function, args):
+    """Wraps a function of tensors: no gradient, mixed precision and, on a GPU, recorded once as a CUDA graph."""
+    # A dream is tens of thousands of tiny kernels, each quicker to run than to launch. A CUDA graph records them once
+    # and replays them in one go: the same arithmetic, without Python in between. Shapes must stay those of the first
+    # call, and every call overwrites the outputs of the one before.
+    def run(*inputs):
+        # Autocast inside: its casts of the weights must be part of the graph, since the weights will change.
+        with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.mixed_precision):
+            return function(*inputs)
+    graphs = []  # none yet: recorded at the first call
+    def replay(*inputs):
+        if not graphs:  # the clones are where later inputs will be copied to
+            gc.collect()  # graphs of earlier evaluations are cyclic garbage that still holds GPU memory
+            graphs.append(torch.cuda.make_graphed_callables(run, tuple(x.clone() for x in inputs)))
+        return graphs[0](*inputs)
+    return replay if args.device == "cuda" else run
+
 # ---- 8. Checkpoints: a run's own, and the authors' -------------------------------------------------------------------
 def write_atomically(path, data):
     """All of the bytes or none: no reader, and no power cut, ever meets half a file."""
@@ -650,23 +667,6 @@ SCORES = dict(  # game: mean score of random play, of a human, and of IRIS (the 
     PrivateEye=(24.9, 69571.3, 100), Qbert=(163.9, 13455, 745.72), RoadRunner=(11.5, 7845, 9614.6),
     Seaquest=(68.4, 42054.7, 661.32), UpNDown=(533.4, 11693.2, 3546.2))
 
-def fast(function, args):
-    """Wraps a function of tensors: no gradient, mixed precision and, on a GPU, recorded once as a CUDA graph."""
-    # A dream is tens of thousands of tiny kernels, each quicker to run than to launch. A CUDA graph records them once
-    # and replays them in one go: the same arithmetic, without Python in between. Shapes must stay those of the first
-    # call, and every call overwrites the outputs of the one before.
-    def run(*inputs):
-        # Autocast inside: its casts of the weights must be part of the graph, since the weights will change.
-        with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.mixed_precision):
-            return function(*inputs)
-    graphs = []  # none yet: recorded at the first call
-    def replay(*inputs):
-        if not graphs:  # the clones are where later inputs will be copied to
-            gc.collect()  # graphs of earlier evaluations are cyclic garbage that still holds GPU memory
-            graphs.append(torch.cuda.make_graphed_callables(run, tuple(x.clone() for x in inputs)))
-        return graphs[0](*inputs)
-    return replay if args.device == "cuda" else run
-
 def evaluate(agent, args, games, enough=None):
     """Plays whole games -> scores (games,), [frames, actions, rewards, ends] of game 0; stops at `enough` frames."""
     # Every game has its own seed for the emulator and its own stream of random numbers for the policy, and every game
@@ -702,7 +702,7 @@ def held_out_metrics(agent, recording, T):
     metrics = dict(heldout_psnr=-10 * (error / 2).square().mean().log10(),
                    moving_kept=1 - (moving * error).sum() / (moving * contrast).sum().clamp(min=1))
     # The world model must beat "each token stays what it was a frame ago". As a forecast with probabilities, copying
-    # gets the benefit of hindsight: its own accuracy on the copied token, the rest spread evenly over the others.
+    # gives the copied token its own accuracy, known in hindsight, and spreads the rest evenly over the others.
     tokens, actions = tokens.unflatten(0, (count, T)), actions.unflatten(0, (count, T))
     logits, reward, end = agent.world_model.predict(tokens, actions)
     logits = logits[:, tokens.shape[-1] - 1:-1].flatten(0, 1)  # those about the frames 1 .. T - 1
@@ -852,7 +852,7 @@ def play(agent, args):
             action = past.new_tensor([[keys.index(chr(key)) + 1 if chr(key) in keys else 0]])
             u = torch.rand(1, 1, args.tokens_per_frame + 3, device=past.device)
             dreamt = dream(agent, tokens, past, frame, agent.actor_critic.initial_state(1), u, action)
-            tokens = torch.cat([tokens, dreamt["tokens"][:, 1:]], dim=1)[:, 1 - T:]  # the past that it can see
+            tokens = torch.cat([tokens, dreamt["tokens"][:, 1:]], dim=1)[:, 1 - T:]  # T - 1 frames, and between them
             past, frame = torch.cat([past, action], 1)[:, past.shape[1] + 2 - tokens.shape[1]:], dreamt["frames"][:, 1]
             score, end = score + float(dreamt["rewards"]), bool(dreamt["ends"])
         caption = f"rewards {score:+g}" + ", the end: press r" * end + ", paused" * paused
