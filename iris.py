@@ -190,11 +190,10 @@ class Game:
         frames, rewards, terminated, truncated, info = self.env.step(np.array([action]))
         reward, self.first, score = float(rewards[0]), bool(terminated[0] or truncated[0]), None
         if self.first:  # one no-op: the game goes on with the next life; or is over, and its frames count from 0 again
-            frames, rewards, over, out_of_time, after = self.env.step(np.array([0]))
+            frames, rewards, _, out_of_time, after = self.env.step(np.array([0]))
             reward += float(rewards[0])
         self.frame, self.score = frames[0, 0], self.score + reward
-        if self.first and (over[0] or out_of_time[0]
-                           or after["episode_frame_number"][0] < info["episode_frame_number"][0]):
+        if self.first and (out_of_time[0] or after["episode_frame_number"][0] < info["episode_frame_number"][0]):
             score = self.score
             self.begin(self.number + 1)
         return reward, bool(terminated[0]), score
