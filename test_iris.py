@@ -1220,6 +1220,19 @@ def test_loss_that_is_not_finite(tmp_path, capfd):
     assert state["epoch"] == 1 and all(bool(x.isfinite().all()) for x in state["agent"].values())
 
 
+def test_flags(whole_run, monkeypatch):
+    """A run may be named by its folder or its checkpoint, from anywhere. Freeway collects nearly greedily, unless told
+    otherwise. How to compute may change on --resume."""
+    for path in (whole_run, whole_run / "checkpoint.pt"):
+        args = iris.parse_args(["--resume", str(path), "--compile", "--mixed-precision"])
+        assert Path(args.run) == whole_run and args.compile and args.mixed_precision and args.layers == 1
+    monkeypatch.chdir(whole_run)
+    assert Path(iris.parse_args(["--eval", "checkpoint.pt"]).run).resolve() == whole_run.resolve()
+    for flags, expected in (("--env Freeway", 0.01), ("--env ALE/Freeway-v5", 0.01), ("--env Pong", 1.0),
+                            ("--env Freeway --temperature 0.5", 0.5), ("--env Freeway --preset small", 0.01)):
+        assert iris.parse_args(flags.split()).temperature == expected, flags
+
+
 def refused(capfd, flags, *saying):
     """Runs a command line that cannot work: code 2 and one line on stderr, which says what is wrong."""
     capfd.readouterr()
