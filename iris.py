@@ -239,7 +239,7 @@ class Replay:
 
 def to_network(frames):
     """uint8 frames (..., 64, 64, 3) -> float (..., 3, 64, 64) in [-1, 1]."""
-    return frames.movedim(-1, -3).contiguous().float() / 127.5 - 1  # GroupNorms are slow on channels last
+    return frames.movedim(-1, -3).contiguous().float() / 127.5 - 1  # a CPU's GroupNorms want it so
 
 # ---- 4. Tokenizer: a frame is K words (a VQGAN's autoencoder without the GAN; section 2.1, appendix A.1) -------------
 class ResBlock(nn.Module):
@@ -486,7 +486,7 @@ class ActorCritic(nn.Module):
         self.cnn = nn.Sequential(*layers, nn.Flatten())  # (N, 3, 64, 64) -> (N, 1024), fewer if shrunk
         self.lstm = nn.LSTMCell(64 * (4 // args.policy_shrink) ** 2, args.lstm_size)
         self.actor, self.critic = nn.Linear(args.lstm_size, num_actions), nn.Linear(args.lstm_size, 1)
-        # torch's initialisation lets through 3 % of what differs between frames: a policy would start nearly blind.
+        # torch's initialisation lets through 1 to 3 % of what differs between frames: a nearly blind start.
         for p in self.cnn.parameters():
             nn.init.orthogonal_(p, math.sqrt(2)) if p.dim() > 1 else nn.init.zeros_(p)
         nn.init.orthogonal_(self.lstm.weight_ih)
@@ -851,7 +851,7 @@ def play(agent, args):
             action = past.new_tensor([[keys.index(chr(key)) + 1 if chr(key) in keys else 0]])
             u = torch.rand(1, 1, args.tokens_per_frame + 3, device=past.device)
             dreamt = dream(agent, tokens, past, frame, agent.actor_critic.initial_state(1), u, action)
-            tokens = torch.cat([tokens, dreamt["tokens"][:, 1:]], dim=1)[:, 1 - T:]  # T - 1 frames, and between them
+            tokens = torch.cat([tokens, dreamt["tokens"][:, 1:]], dim=1)[:, 1 - T:]  # T - 1 frames at most
             past, frame = torch.cat([past, action], 1)[:, past.shape[1] + 2 - tokens.shape[1]:], dreamt["frames"][:, 1]
             score, end = score + float(dreamt["rewards"]), bool(dreamt["ends"])
         caption = f"rewards {score:+g}" + ", the end: press r" * end + ", paused" * paused
@@ -883,7 +883,7 @@ class Training:
             self.optimizers[part] = torch.optim.AdamW(groups, rate, fused=True)
         if args.compile:  # fuses what stands between matrix products; compiling takes minutes, so only if asked for
             for network in self.agent.children():
-                network.loss = torch.compile(network.loss, dynamic=False)  # its shapes never change
+                network.loss = torch.compile(network.loss, dynamic=False)  # of one or two shapes
         self.act = fast(partial(self.agent.act, temperature=args.temperature), args)
         self.imagine = fast(self.imagine, args)  # the method below, from here on as a graph
         self.epoch, self.history = 0, []
