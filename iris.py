@@ -38,7 +38,7 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # torch's idle threads soon sleep: cores are shared
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch's idle threads soon sleep: cores are shared
 
 import ale_py  # noqa: F401 (importing it registers the games)
 import cv2
@@ -88,6 +88,7 @@ def parse_args(argv=None):
             options = dict(type=type(default), choices=choices)
         parser.add_argument(name, default=default, help=text, **options)
 
+    # The modes; without one, it trains.
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--resume", metavar="RUN", help="go on with this run; --epochs may be raised")
     modes.add_argument("--eval", metavar="RUN", help="whole games; also an authors' file: Pong.pt")
@@ -106,6 +107,7 @@ def parse_args(argv=None):
     add_argument("--epochs", 600, "epochs of the run")
     add_argument("--collect-epochs", 500, "epochs that collect real steps")
     add_argument("--collect-steps", 200, "real steps of each: 500 x 200 is Atari 100k")
+    # A network that starts too early learns from another that knows nothing yet.
     add_argument("--tokenizer-start", 6, "first epoch that trains the tokenizer")
     add_argument("--tokenizer-stop", 0, "last epoch that trains it; 0: never stop")
     add_argument("--world-model-start", 26, "first epoch that trains the world model")
@@ -119,6 +121,7 @@ def parse_args(argv=None):
     add_argument("--tokenizer-lr", 1e-4, "learning rate of Adam")
     add_argument("--world-model-lr", 1e-4, "learning rate of AdamW")
     add_argument("--actor-critic-lr", 1e-4, "learning rate of Adam")
+    # Real play: how it explores, and how it is judged.
     add_argument("--epsilon", 0.01, "share of random actions while collecting")
     add_argument("--temperature", 1.0, "of the policy while collecting (Freeway 0.01)")
     add_argument("--eval-temperature", 0.5, "of the policy in evaluations")
@@ -142,6 +145,7 @@ def parse_args(argv=None):
     add_argument("--horizon", 20, "H: frames of a dream, at most T")
     add_argument("--dream-updates", 1, "updates on the same dreams")
     add_argument("--scale-advantages", False, "divide them by their spread")
+    # How far the policy looks ahead, and how long it stays undecided.
     add_argument("--gamma", 0.995, "discount")
     add_argument("--td-lambda", 0.95, "of the returns; 0: one step, 1: the whole dream")
     add_argument("--entropy-coef", 0.001, "weight of the entropy bonus")
@@ -444,6 +448,7 @@ class Tokenizer(nn.Module):
             sizes = [size for size in (64, 32, 16, 8, 4) if size >= self.grid]
             self.encoder = make_encoder(sizes, 64, E)
             self.decoder = make_decoder(sizes, 64, E)
+        # Small first codes, as in the first VQ-VAE: training pulls them to where latents are.
         self.codebook = nn.Embedding(args.vocab_size, E)
         nn.init.uniform_(self.codebook.weight, -1 / args.vocab_size, 1 / args.vocab_size)
 
@@ -478,6 +483,7 @@ class Tokenizer(nn.Module):
         # Straight through: the value is z_q, the gradient passes to z as if nothing were rounded.
         x_hat = self.decoder(z + (z_q - z).detach())
         distance = F.l1_loss if self.reconstruction_loss == "l1" else F.mse_loss
+        # L1 forgives a pixel that is far off, L2 does not: a lost ball costs more.
         reconstruction = distance(x_hat.float(), x)
         codebook = F.mse_loss(z_q, z.detach())  # pulls codes to latents
         commitment = F.mse_loss(z, z_q.detach())  # and latents to codes
@@ -546,6 +552,7 @@ HEADS_NAME = "lpips_vgg-a78928a0.pth"  # in torch hub's cache; the hash is check
 def load_lpips(device):
     """LPIPS with its published weights, from torch hub's cache or the net, else InputError."""
     socket.setdefaulttimeout(30)  # seconds: a network that never answers must not hang the run
+    # weights_only: no code that a file may hold is run.
     options = dict(map_location="cpu", weights_only=True, check_hash=True)
     try:
         vgg = torch.hub.load_state_dict_from_url(VGG_URL, **options)
@@ -615,11 +622,13 @@ class WorldModel(nn.Module):
         self.tokens_per_frame = K
         self.token_embedding = nn.Embedding(V, D)
         self.action_embedding = nn.Embedding(num_actions, D)
+        # Embeddings of its own, not the tokenizer's codes; and a learned vector for each place.
         self.pos_emb = nn.Embedding(args.sequence_length * (K + 1), D)  # learned
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList(Block(D, args.dropout) for _ in range(args.layers))
         self.ln_f = nn.LayerNorm(D)
         rewards = 3 if args.reward_loss == "cross-entropy" else 1  # classes: the signs -1, 0, 1
+        # Small networks instead of single matrices: three questions about one hidden state.
         self.head_token = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, V))
         self.head_reward = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, rewards))
         self.head_end = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 2))
@@ -676,12 +685,14 @@ class ActorCritic(nn.Module):
 
     def __init__(self, args, num_actions):
         super().__init__()
+        # A small eye: four times a convolution and half the resolution. 64 pixels: no pooling before.
         layers = [nn.AvgPool2d(64 // args.policy_size)]
         channels = 3
         for width in (32, 32, 64, 64):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
             channels = width
         self.cnn = nn.Sequential(*layers, nn.Flatten())  # (N, 3, 64, 64) -> (N, 1024), or fewer
+        # One frame shows no velocities: the memory has to tell where the ball came from.
         self.lstm = nn.LSTMCell(64 * (args.policy_size // 16) ** 2, args.lstm_size)
         self.actor = nn.Linear(args.lstm_size, num_actions)
         self.critic = nn.Linear(args.lstm_size, 1)
@@ -727,6 +738,7 @@ class ActorCritic(nn.Module):
         log_policy = logits[:, :-1].log_softmax(-1)  # the last frame has a value, no action
         log_chosen = log_policy.gather(-1, dreamt["actions"][..., None])[..., 0]  # (B, H - 1)
         advantage = returns - values[:, :-1]
+        # The critic learns the returns of this policy; the policy learns from what exceeded them.
         value_loss = (weight * advantage.square()).sum()
         advantage = advantage.detach()
         if args.scale_advantages:
@@ -738,6 +750,7 @@ class ActorCritic(nn.Module):
         ratio = (log_chosen - dreamt["log_chosen"]).exp()
         gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
         policy_loss = -(weight * gain).sum()
+        # Entropy keeps the policy from settling on an action before it has tried the others.
         entropy = -(weight[..., None] * log_policy.exp() * log_policy).sum()
         loss = policy_loss + value_loss - args.entropy_coef * entropy
         variance = (weight * (returns - (weight * returns).sum()).square()).sum()
@@ -894,6 +907,7 @@ def collect(agent, act, game, replay, args):
         for frame in replay.frames[start : replay.size]:
             _, *state = act(frame[None], *state, temperature)
     scores = []
+    # The policy's own actions, sampled: exploration is its entropy, and a few random ones.
     for _ in progress(args.collect_steps, "collect"):
         frame, first = game.frame, game.first
         if first:
@@ -903,6 +917,7 @@ def collect(agent, act, game, replay, args):
             action = torch.randint(game.num_actions, (1,))
         reward, end, score = game.step(int(action))
         replay.add(frame, int(action), reward, end, first)
+        # A game's score counts all lives; an episode of the replay is one life.
         if score is not None:
             scores.append(score)
     metrics = dict(real_steps_per_second=args.collect_steps / (time.time() - begun))
@@ -949,6 +964,7 @@ def tokenize_replay(tokenizer, replay, args):
 
 def train_world_model(world_model, optimizer, replay, args):
     """An epoch's updates on segments of T real steps -> metrics."""
+    # Segments begin anywhere, so that every position of the transformer sees every kind of frame.
     world_model.train()  # with dropout
     history = []
     for _ in progress(args.world_model_updates, "world model"):
@@ -981,8 +997,11 @@ def train_actor_critic(actor_critic, dreamer, optimizer, replay, args):
     begun = time.time()
     history = []
     for _ in progress(args.actor_critic_updates, "actor-critic"):
+        # Dreams begin all over the replay: the policy practises wherever it has ever been.
         index, valid = replay.sample(args.actor_critic_batch, args.burn_in + 1, "last")
         dreamt, state = dreamer(replay.reconstructions[index], valid, replay.tokens[index[:, -1:]])
+        # Dreaming costs far more than learning from a dream, so that without a GPU it pays to use each
+        # several times. The paper uses it once.
         for _ in range(args.dream_updates):
             with autocast(args):
                 loss, metrics = actor_critic.loss(dreamt, state, args)
@@ -997,6 +1016,7 @@ def train_actor_critic(actor_critic, dreamer, optimizer, replay, args):
 
 def make_optimizers(agent, args):
     """-> dict of an Adam for each network."""
+    # The paper's rates are all 1e-4. Fused: one kernel updates all parameters on a GPU.
     decayed, others = [], []  # decay pulls on the transformer's matrices, not on embeddings or gains
     for name, parameter in agent.world_model.named_parameters():
         matrix = parameter.dim() == 2 and "emb" not in name
@@ -1028,6 +1048,7 @@ def train(args, folder):
     if args.resume:
         history = load_run(folder, agent, optimizers, game, replay)
     save_run(folder, args, history, agent, optimizers, game, replay)
+    # Both are called thousands of times with inputs of few shapes: what a CUDA graph is made for.
     act = accelerate(agent.act, args)
     dreamer = accelerate(partial(imagine, agent, args), args)
     sizes = [sum(p.numel() for p in network.parameters()) for network in agent.children()]
@@ -1038,6 +1059,8 @@ def train(args, folder):
         torch.manual_seed(args.seed * 100_000 + epoch)  # so a resumed run needs no generator's state
         begun = time.time()
         row = dict(epoch=epoch)
+        # The phases of an epoch. Each network needs what the one before has learned, so they start one
+        # after the other: first there must be words, then a language, then dreams worth learning from.
         if epoch <= args.collect_epochs:
             row |= collect(agent, act, game, replay, args)
         if epoch == args.tokenizer_start and args.local_tokens:
@@ -1046,17 +1069,21 @@ def train(args, folder):
         if epoch >= args.tokenizer_start and not stopped:
             optimizer = optimizers["tokenizer"]
             row |= train_tokenizer(agent.tokenizer, perceptual, optimizer, replay, args)
+        # The world model learns the words of this epoch's tokenizer, which is frozen from here on.
         if epoch >= args.world_model_start:
             row |= tokenize_replay(agent.tokenizer, replay, args)
             row |= train_world_model(agent.world_model, optimizers["world_model"], replay, args)
+        # The policy learns in dreams only. Real frames do no more than begin them.
         if epoch >= args.actor_critic_start:
             optimizer = optimizers["actor_critic"]
             row |= train_actor_critic(agent.actor_critic, dreamer, optimizer, replay, args)
+        # Nothing below teaches anything: it measures, keeps and shows.
         if epoch % args.eval_every == 0:
             result, recording = evaluate(agent, act, args, args.eval_games)
             write_pictures(agent, args, recording, folder / "media" / f"epoch_{epoch:03d}")
             row |= dict(eval_return=result["mean"], **result["health"])
         row |= dict(real_steps=replay.size, seconds=time.time() - begun)
+        # A loss that is not finite has already spoilt the weights: stop before they are saved.
         for name, value in row.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is not finite in epoch {epoch}; {folder} is of the one before")
@@ -1101,6 +1128,8 @@ Seaquest 68.4 42054.7 661.32 | UpNDown 533.4 11693.2 3546.2
 def play_games(agent, act, args, games, max_steps=math.inf):
     """Plays whole games side by side -> returns (games,), frames, actions, rewards, ends of game 0,
     1000 steps at most. max_steps: stop after so many, for what game 0 shows."""
+    # Side by side, so that the networks see one batch a step. All start at once, and the evaluation
+    # ends when the longest game does: to stop earlier would count short games more often.
     env = make_env(args.env, games, training=False)
     first_seed = args.seed * 100_000 + 50_000  # not training's games
     frames, info = env.reset(seed=(first_seed + np.arange(games)) % 2**31)
@@ -1113,6 +1142,7 @@ def play_games(agent, act, args, games, max_steps=math.inf):
     while playing.any() and len(recording) < max_steps:
         seen = resize(frames)
         lives = info["lives"][0]
+        # The policy's memory begins empty and lasts for the whole game, across lives.
         actions, *state = act(seen.to(args.device), *state, temperature)
         actions = actions.cpu()
         frames, rewards, terminated, truncated, info = env.step(actions.numpy())
@@ -1130,6 +1160,7 @@ def play_games(agent, act, args, games, max_steps=math.inf):
 @torch.no_grad()
 def health(agent, frames, actions, rewards, ends, T):
     """The networks on real play that they were not trained on, in segments of T steps -> metrics."""
+    # Segments from the beginning of the game on; what is left at its end is not used.
     count = len(frames) // T
     x = to_network(frames[: count * T])
     tokens = agent.tokenizer.encode(x)  # (count T, K)
@@ -1186,6 +1217,7 @@ def write_atomically(path, data):
     """All of the bytes or none: no reader, and no power cut, ever meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    # A rename is atomic, a write is not; fsync, so that the bytes are there before the name is.
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
@@ -1240,8 +1272,10 @@ def load_run(folder, agent, optimizers, game, replay):
     """Puts everything back to where the run's checkpoint was written -> history."""
     state = read_checkpoint(folder)
     load_weights(agent, state, folder)
+    # Adam's averages too: without them the next updates would be others.
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
+    # The emulator: the same game again, up to the same point.
     number, actions = state["game"]
     game.begin(number)
     for action in actions:
@@ -1331,6 +1365,7 @@ def write_pictures(agent, args, recording, folder):
     # decoded, with what the world model expects; dreamt from the first of the frames and the actions
     # really played; other futures of that frame, in which the policy acts.
     H = min(args.horizon, len(frames))
+    # The moment that tells most about a world model is one in which something is won or lost.
     scored = rewards.nonzero().flatten().tolist() + [len(frames) // 2]
     first = max(0, min(scored[0] - H // 2, len(frames) - H))
     part = slice(first, first + H)
