@@ -11,7 +11,8 @@ Sections, equations and appendices cited below are that paper's.
 
 # A discrete autoencoder turns every frame into a few tokens, so that a game becomes a text. A GPT
 # learns how that text goes on: the next frame, the reward, the end. Sampling from the GPT is a dream
-# of the game, and the policy learns only in dreams. Two hours of real play train the other two.
+# of the game, and the policy learns only in dreams. Two hours of real play train the tokenizer and
+# the GPT.
 #
 #      real frame                                    reward, end, next frame's tokens
 #          |  encoder                                              ^
@@ -19,10 +20,10 @@ Sections, equations and appendices cited below are that paper's.
 #          |  decoder                                              ^
 #      reconstructed frame  ---->  actor-critic (CNN, LSTM)  ----> action
 #
-# Read it from top to bottom. Capital letters are sizes, the same everywhere: N images, B batch, T time steps, K tokens
-# a frame, S = T (K + 1) positions of the transformer, D its width, nh heads of size hs, V vocabulary,
-# E size of a code, g = sqrt(K) side of the token grid, C channels, A actions, L size of the LSTM,
-# H frames of a dream.
+# Read it from top to bottom. Sizes have letters: N images, B batch, T time steps, K tokens a frame, S
+# positions of the transformer (T (K + 1) for T whole steps), D its width, nh heads of size hs, V
+# vocabulary, E size of a code, g = sqrt(K) side of the token grid, C channels, A actions, L size of
+# the LSTM, H frames of a dream.
 import argparse
 import importlib
 import io
@@ -338,7 +339,7 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm of 32 groups in the precision of its input; (N, C, h, w) -> the same."""
 
     def forward(self, x):
-        # Autocast would make it float32 on a GPU: casts that cost more than the convolutions.
+        # Autocast would make it float32 on a GPU, and copies between the two precisions cost time.
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, 32, self.weight.to(x.dtype), self.bias.to(x.dtype), 1e-6)
 
@@ -448,7 +449,7 @@ class Tokenizer(nn.Module):
             sizes = [size for size in (64, 32, 16, 8, 4) if size >= self.grid]
             self.encoder = make_encoder(sizes, 64, E)
             self.decoder = make_decoder(sizes, 64, E)
-        # Small first codes, as in the first VQ-VAE: training pulls them to where latents are.
+        # Small first codes: training pulls them to where latents are.
         self.codebook = nn.Embedding(args.vocab_size, E)
         nn.init.uniform_(self.codebook.weight, -1 / args.vocab_size, 1 / args.vocab_size)
 
