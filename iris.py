@@ -25,7 +25,6 @@ Sections, equations and appendices cited below are that paper's.
 # vocabulary, E size of a code, g = sqrt(K) side of the token grid, C channels, A actions, L size of
 # the LSTM, H frames of a dream.
 import argparse
-import importlib
 import io
 import json
 import math
@@ -36,6 +35,7 @@ import socket
 import sys
 import time
 import zipfile
+from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
@@ -50,40 +50,38 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # ---- 1. Flags: every number of the paper in one place --------------------------------------------
-# The defaults are the paper's; where its text and the authors' code differ, the code's. SMALL is the
-# same idea for a machine without a GPU: smaller networks, tokens that are local (section 4), dreams
-# that serve for several updates (section 6), a shorter schedule. A flag overrides either.
-SMALL = dict(epochs=10, collect_epochs=10, collect_steps=2000, eval_every=5, eval_games=4)
-SMALL |= dict(final_games=30, tokenizer_start=1, tokenizer_stop=1, world_model_start=1)
-SMALL |= dict(actor_critic_start=2, tokenizer_updates=100, world_model_updates=150)
-SMALL |= dict(actor_critic_updates=30, tokenizer_batch=64, world_model_batch=32, dream_updates=4)
-SMALL |= dict(world_model_lr=1e-3, actor_critic_lr=5e-4, local_tokens=True, vocab_size=1024)
-SMALL |= dict(perceptual_loss=False, reconstruction_loss="l2", mixed_precision=False)
-SMALL |= dict(sequence_length=10, layers=4, width=128, dropout=0.0, policy_size=32, lstm_size=256)
-SMALL |= dict(burn_in=4, horizon=10, gamma=0.97, entropy_coef=0.01, scale_advantages=True)
-MODES = ("resume", "eval", "dream", "play")
-MAY_CHANGE = ("epochs", "device", "mixed_precision", "run")  # from a run to its continuation
+# The defaults are the paper's; where its text and the authors' code differ, the code's. The small
+# preset is the same idea for a machine without a GPU: smaller networks, tokens that are local
+# (section 4), dreams that serve for several updates (section 6), a shorter schedule. It is no more
+# than these flags, put before yours.
+SMALL = """
+    --epochs 10 --collect-epochs 10 --collect-steps 2000 --eval-every 5 --eval-games 4 --final-games 30
+    --tokenizer-start 1 --tokenizer-stop 1 --world-model-start 1 --actor-critic-start 2
+    --tokenizer-updates 100 --world-model-updates 150 --actor-critic-updates 30 --dream-updates 4
+    --tokenizer-batch 64 --world-model-batch 32 --world-model-lr 1e-3 --actor-critic-lr 5e-4
+    --local-tokens --vocab-size 1024 --no-perceptual-loss --reconstruction-loss l2
+    --sequence-length 10 --layers 4 --width 128 --dropout 0 --policy-size 32 --lstm-size 256
+    --burn-in 4 --horizon 10 --gamma 0.97 --entropy-coef 0.01 --scale-advantages --no-mixed-precision
+"""
+MAY_CHANGE = ("epochs", "device", "mixed_precision")  # from a run to its continuation
 
 
 class InputError(ValueError):
     """Something the user gave cannot work. main() prints it in one line and exits with code 2."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but bad flags raise InputError instead of printing a page of usage."""
-
-    def error(self, message):
-        """Called by argparse itself."""
-        raise InputError(f"{message} (see python iris.py --help)")
-
-
-def parse_args(argv=None):
-    """Command line -> namespace of flags. Bad ones raise InputError."""
-    parser = Parser("iris.py", description="Learns Atari inside a world model.", allow_abbrev=False)
+def make_parser():
+    """-> the parser of all flags, with the paper's values as defaults."""
+    parser = argparse.ArgumentParser("iris.py", usage="iris.py --env Pong [--help]", allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    devices = ["cpu"]
+    if torch.backends.mps.is_available():
+        devices.insert(0, "mps")
+    if torch.cuda.is_available():
+        devices.append("cuda")
 
-    def add_argument(name, default, text, choices=None):
-        if isinstance(default, bool) or default is None:
+    def flag(name, default, text, choices=None):
+        if isinstance(default, bool):
             options = dict(action=argparse.BooleanOptionalAction)  # --name and --no-name
         else:
             options = dict(type=type(default), choices=choices)
@@ -91,110 +89,105 @@ def parse_args(argv=None):
 
     # The modes; without one, it trains.
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--resume", metavar="RUN", help="go on with this run; --epochs may be raised")
-    modes.add_argument("--eval", metavar="RUN", help="whole games; also an authors' file: Pong.pt")
-    modes.add_argument("--dream", metavar="RUN", help="picture and film from inside its world model")
-    modes.add_argument("--play", metavar="RUN", help="you play inside its world model, in a window")
-    add_argument("--env", "Pong", "game: Pong, or ALE/Pong-v5")
-    add_argument("--preset", "auto", "auto: paper on CUDA", choices=("auto", "paper", "small"))
-    add_argument("--exp-name", "iris", "goes into the run's name")
-    add_argument("--run-dir", "runs", "folder for the folders of runs")
-    add_argument("--seed", 1, "of networks, sampling and games")
-    add_argument("--device", "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    add_argument("--mixed-precision", None, "bfloat16; default: where it is in hardware")
-    add_argument("--torch-deterministic", False, "repeatable on a GPU too, but slower")
-    add_argument("--tensorboard", False, "write events for TensorBoard as well")
-    # The schedule: an epoch collects real steps, then trains each network for some updates.
-    add_argument("--epochs", 600, "epochs of the run")
-    add_argument("--collect-epochs", 500, "epochs that collect real steps")
-    add_argument("--collect-steps", 200, "real steps of each: 500 x 200 is Atari 100k")
-    # A network that starts too early learns from another that knows nothing yet.
-    add_argument("--tokenizer-start", 6, "first epoch that trains the tokenizer")
-    add_argument("--tokenizer-stop", 0, "last epoch that trains it; 0: never stop")
-    add_argument("--world-model-start", 26, "first epoch that trains the world model")
-    add_argument("--actor-critic-start", 51, "first epoch that trains the policy")
-    add_argument("--tokenizer-updates", 200, "updates an epoch")
-    add_argument("--world-model-updates", 200, "updates an epoch")
-    add_argument("--actor-critic-updates", 200, "updates an epoch")
-    add_argument("--tokenizer-batch", 256, "frames of an update")
-    add_argument("--world-model-batch", 64, "segments of an update")
-    add_argument("--actor-critic-batch", 64, "dreams of an update")
-    add_argument("--tokenizer-lr", 1e-4, "learning rate of Adam")
-    add_argument("--world-model-lr", 1e-4, "learning rate of AdamW")
-    add_argument("--actor-critic-lr", 1e-4, "learning rate of Adam")
+    modes.add_argument("--resume", type=Path, metavar="RUN", help="go on; --epochs may be raised")
+    modes.add_argument("--eval", type=Path, metavar="RUN", help="whole games; or the authors' Pong.pt")
+    modes.add_argument("--dream", type=Path, metavar="RUN", help="picture and film of its dreams")
+    modes.add_argument("--play", type=Path, metavar="RUN", help="you play inside its world model")
+    flag("--env", "Pong", "game: Pong, or ALE/Pong-v5")
+    flag("--preset", "auto", "auto: paper on CUDA, else small", choices=("auto", "paper", "small"))
+    flag("--exp-name", "iris", "goes into the run's name")
+    flag("--run-dir", "runs", "folder for the folders of runs")
+    flag("--seed", 1, "of networks, sampling and games")
+    flag("--device", devices[-1], "where to compute", choices=devices)
+    flag("--mixed-precision", True, "bfloat16: fast on GPUs from Ampere on, CPUs with AMX")
+    flag("--torch-deterministic", False, "repeatable on a GPU too, but slower")
+    flag("--tensorboard", False, "write events for TensorBoard as well")
+    # The schedule: an epoch collects real steps, then trains each network for some updates. A network
+    # that starts too early learns from another that knows nothing yet.
+    flag("--epochs", 600, "epochs of the run")
+    flag("--collect-epochs", 500, "epochs that collect real steps")
+    flag("--collect-steps", 200, "real steps of each: 500 x 200 is Atari 100k")
+    flag("--tokenizer-start", 6, "first epoch that trains the tokenizer")
+    flag("--tokenizer-stop", 1_000_000, "last epoch that trains it")
+    flag("--world-model-start", 26, "first epoch that trains the world model")
+    flag("--actor-critic-start", 51, "first epoch that trains the policy")
+    flag("--tokenizer-updates", 200, "updates an epoch")
+    flag("--world-model-updates", 200, "updates an epoch")
+    flag("--actor-critic-updates", 200, "updates an epoch")
+    flag("--tokenizer-batch", 256, "frames of an update")
+    flag("--world-model-batch", 64, "segments of an update")
+    flag("--actor-critic-batch", 64, "dreams of an update")
+    flag("--tokenizer-lr", 1e-4, "learning rate of Adam")
+    flag("--world-model-lr", 1e-4, "learning rate of AdamW")
+    flag("--actor-critic-lr", 1e-4, "learning rate of Adam")
     # Real play: how it explores, and how it is judged.
-    add_argument("--epsilon", 0.01, "share of random actions while collecting")
-    add_argument("--temperature", 1.0, "of the policy while collecting (Freeway 0.01)")
-    add_argument("--eval-temperature", 0.5, "of the policy in evaluations")
-    add_argument("--eval-every", 5, "epochs between evaluations")
-    add_argument("--eval-games", 16, "games of such an evaluation")
-    add_argument("--final-games", 100, "games of the last one, and of --eval")
+    flag("--epsilon", 0.01, "share of random actions while collecting")
+    flag("--temperature", 1.0, "of the policy while collecting (Freeway 0.01)")
+    flag("--eval-temperature", 0.5, "of the policy in evaluations; 0: its likeliest action")
+    flag("--eval-every", 5, "epochs between evaluations")
+    flag("--eval-games", 16, "games of such an evaluation")
+    flag("--final-games", 100, "games of the last one, and of --eval")
     # The networks.
-    add_argument("--local-tokens", False, "each token sees and draws only its own square")
-    add_argument("--tokens-per-frame", 16, "K; 64: finer, slower (appendix E)", choices=(16, 64))
-    add_argument("--vocab-size", 512, "V: codes in the codebook")
-    add_argument("--perceptual-loss", True, "LPIPS, with a VGG16 from the net")
-    add_argument("--reconstruction-loss", "l1", "the paper's text has l2", choices=("l1", "l2"))
-    add_argument("--sequence-length", 20, "T: steps that the transformer sees")
-    add_argument("--layers", 10, "transformer blocks")
-    add_argument("--width", 256, "D, a multiple of the 4 heads")
-    add_argument("--dropout", 0.1, "on embedding, attention and residuals")
-    add_argument("--reward-loss", "cross-entropy", "the text has mse", choices=("cross-entropy", "mse"))
-    add_argument("--policy-size", 64, "pixels that the policy sees, a side", choices=(16, 32, 64))
-    add_argument("--lstm-size", 512, "L: size of the policy's memory")
-    add_argument("--burn-in", 20, "real frames that fill it before a dream")
-    add_argument("--horizon", 20, "H: frames of a dream, at most T")
-    add_argument("--dream-updates", 1, "updates on the same dreams")
-    add_argument("--scale-advantages", False, "divide them by their spread")
-    # How far the policy looks ahead, and how long it stays undecided.
-    add_argument("--gamma", 0.995, "discount")
-    add_argument("--td-lambda", 0.95, "of the returns; 0: one step, 1: the whole dream")
-    add_argument("--entropy-coef", 0.001, "weight of the entropy bonus")
-    given = parser.parse_args(argv)  # parsed twice: the first time tells whose defaults hold
-    device = given.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device)
-    except (AssertionError, RuntimeError) as error:  # no such device, or a driver too old for it
-        raise InputError(f"--device {device}: {error}") from None
-    run = next((getattr(given, mode) for mode in MODES if getattr(given, mode) is not None), None)
-    if run is not None and Path(run).name == "checkpoint.pt":
-        run = str(Path(run).parent)
-    preset, saved = given.preset, {}
+    flag("--local-tokens", False, "each token sees and draws only its own square")
+    flag("--tokens-per-frame", 16, "K; 64: finer, slower (appendix E)", choices=(16, 64))
+    flag("--vocab-size", 512, "V: codes in the codebook")
+    flag("--perceptual-loss", True, "LPIPS, with a VGG16 from the net")
+    flag("--reconstruction-loss", "l1", "the paper's text has l2", choices=("l1", "l2"))
+    flag("--sequence-length", 20, "T: steps that the transformer sees")
+    flag("--layers", 10, "transformer blocks")
+    flag("--width", 256, "D, a multiple of the 4 heads")
+    flag("--dropout", 0.1, "on embedding, attention and residuals")
+    flag("--reward-loss", "cross-entropy", "the text has mse", choices=("cross-entropy", "mse"))
+    flag("--policy-size", 64, "pixels that the policy sees, a side", choices=(16, 32, 64))
+    flag("--lstm-size", 512, "L: size of the policy's memory")
+    # Dreams, and what the policy makes of them.
+    flag("--burn-in", 20, "real frames that fill its memory before a dream")
+    flag("--horizon", 20, "H: frames of a dream, at most T")
+    flag("--dream-updates", 1, "updates on the same dreams")
+    flag("--scale-advantages", False, "divide them by their spread")
+    flag("--gamma", 0.995, "discount: how far the policy looks ahead")
+    flag("--td-lambda", 0.95, "of the returns; 0: one step, 1: the whole dream")
+    flag("--entropy-coef", 0.001, "how much the policy is to stay undecided")
+    return parser
+
+
+def parse_args(argv=None):
+    """Command line -> namespace of flags. Bad ones raise InputError, or argparse's SystemExit."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    # Whose defaults hold: a run's own, or a preset's? Then the flags are read again.
+    run = args.resume or args.eval or args.dream or args.play
+    device = args.device
+    preset = args.preset
     if preset == "auto":
         preset = "paper" if device == "cuda" else "small"
+    saved = {}
     if run is not None:
-        saved = read_checkpoint(Path(run)).get("args", {})
+        run = run.parent if run.name == "checkpoint.pt" else run
+        saved = read_checkpoint(run).get("args", {})
         preset = saved.get("preset", "paper")
-        parser.set_defaults(env=Path(run).stem)  # of an authors' Pong.pt; a run knows its own
+        if args.resume and not saved:
+            raise InputError(f"{run}: weights alone, as the authors' files are, cannot go on")
+        parser.set_defaults(env=run.stem)  # of an authors' Pong.pt; a run knows its own
         parser.set_defaults(**saved)
-        if saved.get("device") != device:
-            parser.set_defaults(mixed_precision=None)  # the other machine's
     elif preset == "small":
-        parser.set_defaults(**SMALL)
-    elif "Freeway" in given.env:
-        parser.set_defaults(temperature=0.01)  # appendix: its rewards are rare, dithering finds none
+        argv = SMALL.split() + argv
+    elif "Freeway" in args.env:  # appendix: its rewards are rare, dithering finds none
+        argv = ["--temperature", "0.01"] + argv
     args = parser.parse_args(argv)
     args.run, args.device, args.preset = run, device, preset
     # Other READMEs call the same game PongNoFrameskip-v4 or PongDeterministic-v4.
     args.game = re.sub(r"(NoFrameskip|Deterministic)?-v\d+$", "", args.env.removeprefix("ALE/"))
     if "/" not in args.env or args.env.startswith("ALE/"):
         args.env = f"ALE/{args.game}-v5"
-    for name, value in saved.items():
-        if args.resume and name not in MAY_CHANGE and value != getattr(args, name):
-            raise InputError(f"--{name.replace('_', '-')} is {value} in {run}, which goes on as it began")
-    if args.mixed_precision is None and device == "cpu":
-        cpu = torch.cpu.get_capabilities()
-        args.mixed_precision = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-    elif args.mixed_precision is None:
-        args.mixed_precision = torch.cuda.is_bf16_supported(including_emulation=False)
     for name, value in vars(args).items():
-        least = 0 if isinstance(value, float) or name in ("seed", "tokenizer_stop") else 1
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= least:
-            raise InputError(f"--{name.replace('_', '-')} {value} is too small: at least {least}")
-    if min(args.temperature, args.eval_temperature) < 1e-3:
-        raise InputError("a temperature must be at least 0.001, which is as good as greedy")
+        flag = "--" + name.replace("_", "-")
+        least = 1 if type(value) is int and name != "seed" else 0
+        if type(value) in (int, float) and not value >= least:
+            raise InputError(f"{flag} {value} is too small: at least {least}")
+        if args.resume and name not in MAY_CHANGE and value != saved.get(name, value):
+            raise InputError(f"{flag} is {saved[name]} in {run}, which goes on as it began")
     if not args.tokenizer_start <= args.world_model_start <= args.actor_critic_start:
         raise InputError("the three --...-start must not fall: each network needs the one before")
     if not 2 <= args.horizon <= args.sequence_length or args.width % 4 or args.seed >= 2**31:
@@ -243,10 +236,10 @@ class Game:
         self.begin(0)
 
     def begin(self, number):
-        """Starts a game. `frame` is what the player sees; `first` says that it opens an episode."""
+        """Starts a game. `frame` is what the player sees; `opens` says that it opens an episode."""
         frames, _ = self.env.reset(seed=(self.seed + number) % 2**31)
         self.frame = resize(frames)[0]  # (64, 64, 3)
-        self.first = True
+        self.opens = True
         self.number = number
         self.actions = []
         self.score = 0.0
@@ -255,12 +248,13 @@ class Game:
         """-> reward, end (out of time does not count), the game's score if it is over, else None."""
         self.actions.append(action)
         frames, rewards, terminated, truncated, info = self.env.step(np.array([action]))
-        reward, end, over = float(rewards[0]), bool(terminated[0]), False
-        self.first = end or bool(truncated[0])
-        if self.first:
-            # After an end the emulator wants one more step, which shows the next episode's first frame.
-            # Either the game goes on with the next life, or it is over, and the frames of a new game
-            # are counted from 0 again.
+        reward = float(rewards[0])
+        self.opens = bool(terminated[0] or truncated[0])
+        over = False
+        if self.opens:
+            # After an end the emulator wants one more step, which shows the next episode's first
+            # frame. Either the game goes on with the next life, or it is over, and the frames of a
+            # new game are counted from 0 again.
             frames, rewards, _, out_of_time, after = self.env.step(np.array([0]))
             reward += float(rewards[0])
             restarted = after["episode_frame_number"][0] < info["episode_frame_number"][0]
@@ -270,15 +264,15 @@ class Game:
         score = self.score if over else None
         if over:
             self.begin(self.number + 1)
-        return reward, end, score
+        return reward, bool(terminated[0]), score
 
 
 # ---- 3. Replay: every real step, and what the tokenizer makes of it ------------------------------
-CHUNK = 256  # frames tokenized at once: always the same number, so that a frame always gives the same bits
+CHUNK = 256  # frames tokenized at once: always as many, so that a frame always gives the same bits
 
 
 class Replay:
-    """All real steps, on the device: for 100,000, 1.2 GB of frames and 2.5 (bfloat16) of reconstructions."""
+    """All real steps, on the device: 100,000 are 1.2 GB of frames, 2.5 (bfloat16) of reconstructions."""
 
     # Step i is a frame, the action taken on seeing it, the reward that followed, and whether a life
     # or the game ended. `tokens` and `reconstructions` are what the tokenizer makes of the frames. It
@@ -286,20 +280,22 @@ class Replay:
     # encodes the frames of every batch again.
     def __init__(self, args):
         n = args.collect_epochs * args.collect_steps + CHUNK
+        zeros = partial(torch.zeros, dtype=torch.long, device=args.device)
         precision = torch.bfloat16 if args.mixed_precision else torch.float32
-        self.frames = torch.zeros(n, 64, 64, 3, dtype=torch.uint8, device=args.device)
-        self.actions = torch.zeros(n, dtype=torch.long, device=args.device)
-        self.rewards = torch.zeros(n, device=args.device)
-        self.ends = torch.zeros(n, dtype=torch.long, device=args.device)
-        self.starts = torch.zeros(n, dtype=torch.long, device=args.device)  # of the episodes
-        self.tokens = torch.zeros(n, args.tokens_per_frame, dtype=torch.long, device=args.device)
-        self.reconstructions = torch.zeros(n, 3, 64, 64, dtype=precision, device=args.device)
+        self.frames = zeros(n, 64, 64, 3, dtype=torch.uint8)
+        self.actions = zeros(n)
+        self.rewards = zeros(n, dtype=torch.float32)
+        self.ends = zeros(n)
+        self.starts = zeros(n)  # of the episodes
+        self.tokens = zeros(n, args.tokens_per_frame)
+        self.reconstructions = zeros(n, 3, 64, 64, dtype=precision)
         self.size = self.episodes = 0
         self.tokenized = 0  # so many steps, from the first, have tokens that are up to date
+        self.saved = 0  # so many frames are on disk
 
-    def add(self, frame, action, reward, end, first):
-        """Appends a step; `first` begins an episode with it."""
-        if first:
+    def add(self, frame, action, reward, end, opens):
+        """Appends a step; `opens` says that it is the first of an episode."""
+        if opens:
             self.starts[self.episodes] = self.size
             self.episodes += 1
         self.frames[self.size] = frame
@@ -376,53 +372,46 @@ class SpatialAttention(nn.Module):
         return x + self.proj_out(y[:, 0].transpose(1, 2).reshape(x.shape))
 
 
-def add_blocks(net, name, size, depth, C):
-    """Residual blocks at one resolution, each followed by attention at 16 x 16 and 8 x 8."""
-    for j in range(depth):
-        net.add_module(f"{name}_block_{j}", ResBlock(C))
-        if size in (8, 16):  # larger grids are too costly, smaller ones get theirs in the middle
-            net.add_module(f"{name}_attn_{j}", SpatialAttention(C))
-
-
-def add_middle(net, C):
-    """What both halves do where the grid is smallest."""
-    net.add_module("mid_block_1", ResBlock(C))
-    net.add_module("mid_attn_1", SpatialAttention(C))
-    net.add_module("mid_block_2", ResBlock(C))
-
-
 def make_encoder(sizes, C, E):
     """Table 2: frames (N, 3, 64, 64) -> latents (N, E, g, g), through the resolutions 64 .. g."""
-    net = nn.Sequential()
-    net.add_module("conv_in", nn.Conv2d(3, C, 3, padding=1))
+    layers = OrderedDict(conv_in=nn.Conv2d(3, C, 3, padding=1))
     for i, size in enumerate(sizes):
-        add_blocks(net, f"down_{i}", size, 2, C)
+        for j in range(2):
+            layers[f"down_{i}_block_{j}"] = ResBlock(C)
+            if size in (8, 16):  # larger grids are too costly, smaller ones get theirs in the middle
+                layers[f"down_{i}_attn_{j}"] = SpatialAttention(C)
         if size > sizes[-1]:  # halve it; padded on the right and at the bottom only
-            net.add_module(f"down_{i}_pad", nn.ZeroPad2d((0, 1, 0, 1)))
-            net.add_module(f"down_{i}_downsample", nn.Conv2d(C, C, 3, stride=2))
-    add_middle(net, C)
-    net.add_module("norm_out", GroupNorm(32, C))
-    net.add_module("silu", nn.SiLU())
-    net.add_module("conv_out", nn.Conv2d(C, E, 3, padding=1))
-    net.add_module("pre_quant_conv", nn.Conv2d(E, E, 1))
-    return net
+            layers[f"down_{i}_pad"] = nn.ZeroPad2d((0, 1, 0, 1))
+            layers[f"down_{i}_downsample"] = nn.Conv2d(C, C, 3, stride=2)
+    layers["mid_block_1"] = ResBlock(C)
+    layers["mid_attn_1"] = SpatialAttention(C)
+    layers["mid_block_2"] = ResBlock(C)
+    layers["norm_out"] = GroupNorm(32, C)
+    layers["silu"] = nn.SiLU()
+    layers["conv_out"] = nn.Conv2d(C, E, 3, padding=1)
+    layers["pre_quant_conv"] = nn.Conv2d(E, E, 1)
+    return nn.Sequential(layers)
 
 
 def make_decoder(sizes, C, E):
     """Latents (N, E, g, g) -> frames (N, 3, 64, 64): the encoder backwards, one block deeper."""
-    net = nn.Sequential()
-    net.add_module("post_quant_conv", nn.Conv2d(E, E, 1))
-    net.add_module("conv_in", nn.Conv2d(E, C, 3, padding=1))
-    add_middle(net, C)
+    layers = OrderedDict(post_quant_conv=nn.Conv2d(E, E, 1))
+    layers["conv_in"] = nn.Conv2d(E, C, 3, padding=1)
+    layers["mid_block_1"] = ResBlock(C)
+    layers["mid_attn_1"] = SpatialAttention(C)
+    layers["mid_block_2"] = ResBlock(C)
     for i, size in reversed(list(enumerate(sizes))):
-        add_blocks(net, f"up_{i}", size, 3, C)
+        for j in range(3):
+            layers[f"up_{i}_block_{j}"] = ResBlock(C)
+            if size in (8, 16):
+                layers[f"up_{i}_attn_{j}"] = SpatialAttention(C)
         if size < 64:
-            net.add_module(f"up_{i}_double", nn.Upsample(scale_factor=2))  # nearest neighbour
-            net.add_module(f"up_{i}_upsample", nn.Conv2d(C, C, 3, padding=1))
-    net.add_module("norm_out", GroupNorm(32, C))
-    net.add_module("silu", nn.SiLU())
-    net.add_module("conv_out", nn.Conv2d(C, 3, 3, padding=1))
-    return net
+            layers[f"up_{i}_double"] = nn.Upsample(scale_factor=2)  # nearest neighbour
+            layers[f"up_{i}_upsample"] = nn.Conv2d(C, C, 3, padding=1)
+    layers["norm_out"] = GroupNorm(32, C)
+    layers["silu"] = nn.SiLU()
+    layers["conv_out"] = nn.Conv2d(C, 3, 3, padding=1)
+    return nn.Sequential(layers)
 
 
 class Tokenizer(nn.Module):
@@ -431,7 +420,7 @@ class Tokenizer(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.grid = math.isqrt(args.tokens_per_frame)
-        self.reconstruction_loss = args.reconstruction_loss
+        self.reconstruction_loss = F.l1_loss if args.reconstruction_loss == "l1" else F.mse_loss
         if args.local_tokens:
             # The small preset's. If every token describes the whole screen, the codes run out in
             # combinations of paddles and scores, and the ball is the first thing to go. Here a token
@@ -483,9 +472,8 @@ class Tokenizer(nn.Module):
         z_q = self.embed(self.quantize(z))
         # Straight through: the value is z_q, the gradient passes to z as if nothing were rounded.
         x_hat = self.decoder(z + (z_q - z).detach())
-        distance = F.l1_loss if self.reconstruction_loss == "l1" else F.mse_loss
         # L1 forgives a pixel that is far off, L2 does not: a lost ball costs more.
-        reconstruction = distance(x_hat.float(), x)
+        reconstruction = self.reconstruction_loss(x_hat.float(), x)
         codebook = F.mse_loss(z_q, z.detach())  # pulls codes to latents
         commitment = F.mse_loss(z, z_q.detach())  # and latents to codes
         loss = reconstruction + codebook + commitment
@@ -494,55 +482,40 @@ class Tokenizer(nn.Module):
         return loss, dict(tokenizer_loss=loss, reconstruction=reconstruction, commitment=commitment)
 
     @torch.no_grad()
-    def revive_codes(self, x):
-        """Moves the codes that frames x (N, 3, 64, 64) do not use onto badly coded latents."""
-        z = self.encoder(x).float()
-        tokens = self.quantize(z).flatten()  # (N K,)
-        latents = z.flatten(2).transpose(1, 2).flatten(0, 1)  # (N K, E)
-        codes = self.codebook.weight
-        unused = tokens.bincount(minlength=len(codes)) == 0
-        # Most latents are background, which has its codes. A latent is picked with probability
-        # proportional to its squared distance from its own code (k-means++), so that what has no code
-        # yet gets one.
-        error = (latents - codes[tokens]).square().sum(1) + 1e-12
-        picked = latents[torch.multinomial(error, len(codes), replacement=True)]  # (V, E)
-        codes.copy_(torch.where(unused[:, None], picked, codes))
+    def seed_codebook(self, x):
+        """First codes of local tokens: squares of frames x (N, 3, 64, 64), each unlike the others."""
+        latents = self.encoder(x).flatten(2).transpose(1, 2).flatten(0, 1)  # (N K, E)
+        # Most squares are background, which has its codes soon. Next codes are squares picked with
+        # probability proportional to their squared distance from the nearest code so far (k-means++),
+        # so that what has no code yet gets one: the ball in yet another place.
+        distance = torch.full((len(latents),), 1e6, device=x.device)
+        for codes in self.codebook.weight.split(16):
+            picked = latents[torch.multinomial(distance + 1e-9, len(codes))]  # (16, E)
+            codes.copy_(picked)
+            distance = distance.minimum(torch.cdist(latents, picked).square().min(dim=1).values)
 
 
-class LPIPS(nn.Module):
-    """How differently a trained VGG16 sees two images (Zhang et al. 2018). Never trained here."""
+VGG_STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # torchvision's numbers
 
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential()  # numbered as in torchvision, so that its weights fit
-        channels = 3
-        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
-            if width == 0:
-                self.features.append(nn.MaxPool2d(2))
-            else:
-                self.features.append(nn.Conv2d(channels, width, 3, padding=1))
-                self.features.append(nn.ReLU())
-                channels = width
-        widths = (64, 128, 256, 512, 512)
-        self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in widths)
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), False)
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), False)
-        self.requires_grad_(False)
 
-    def forward(self, x, y):
-        """Images (N, 3, h, w) in [-1, 1] -> distances (N,)."""
-        # In float32: bfloat16 bends the gradient where x and y are close.
-        with torch.autocast(x.device.type, enabled=False):
-            x = (x.float() - self.shift) / self.scale
-            y = (y.float() - self.shift) / self.scale
-            distances = []
-            for i, layer in enumerate(self.features):
-                x, y = layer(x), layer(y)
-                if i in (3, 8, 15, 22, 29):  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
-                    difference = (F.normalize(x, eps=1e-10) - F.normalize(y, eps=1e-10)).square()
-                    head = self.heads[len(distances)]
-                    distances.append(head(difference).mean((1, 2, 3)))
-            return sum(distances)
+def lpips(weights, x, y):
+    """How differently a trained VGG16 sees images x, y (N, 3, h, w) in [-1, 1] -> (N,); Zhang 2018."""
+    distance = 0
+    # In float32: bfloat16 bends the gradient where x and y are close.
+    with torch.autocast(x.device.type, enabled=False):
+        x = (x.float() - weights["shift"]) / weights["scale"]
+        y = (y.float() - weights["shift"]) / weights["scale"]
+        for stage, convolutions in enumerate(VGG_STAGES):
+            if stage > 0:
+                x, y = F.max_pool2d(x, 2), F.max_pool2d(y, 2)
+            for i in convolutions:
+                kernel, bias = weights[f"features.{i}.weight"], weights[f"features.{i}.bias"]
+                x = F.relu(F.conv2d(x, kernel, bias, padding=1))
+                y = F.relu(F.conv2d(y, kernel, bias, padding=1))
+            difference = (F.normalize(x, eps=1e-10) - F.normalize(y, eps=1e-10)).square()
+            head = weights[f"lin{stage}.model.1.weight"]  # how much each channel matters to people
+            distance = distance + F.conv2d(difference, head).mean((1, 2, 3))
+    return distance
 
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -551,19 +524,18 @@ HEADS_NAME = "lpips_vgg-a78928a0.pth"  # in torch hub's cache; the hash is check
 
 
 def load_lpips(device):
-    """LPIPS with its published weights, from torch hub's cache or the net, else InputError."""
+    """-> lpips(x, y) with its published weights, from torch hub's cache or the net, else InputError."""
     socket.setdefaulttimeout(30)  # seconds: a network that never answers must not hang the run
     # weights_only: no code that a file may hold is run.
     options = dict(map_location="cpu", weights_only=True, check_hash=True)
     try:
         vgg = torch.hub.load_state_dict_from_url(VGG_URL, **options)
         heads = torch.hub.load_state_dict_from_url(HEADS_URL, file_name=HEADS_NAME, **options)
-        weights = {name: value for name, value in vgg.items() if name.startswith("features.")}
-        for i in range(5):
-            weights[f"heads.{i}.weight"] = heads[f"lin{i}.model.1.weight"]
-        lpips = LPIPS()
-        lpips.load_state_dict(weights)
-        return lpips.to(device, memory_format=torch.channels_last)
+        weights = {name: x.to(device) for name, x in (vgg | heads).items() if "classifier" not in name}
+        weights["shift"] = torch.tensor([-0.030, -0.088, -0.188], device=device).view(3, 1, 1)
+        weights["scale"] = torch.tensor([0.458, 0.448, 0.450], device=device).view(3, 1, 1)
+        lpips(weights, *torch.zeros(2, 1, 3, 64, 64, device=device))  # are all the tensors there?
+        return partial(lpips, weights)
     except Exception as error:  # no network, a wrong hash, a damaged file, a missing tensor
         raise InputError(
             f"no weights for LPIPS ({error!r:.100}): put {VGG_URL} and {HEADS_URL} (as {HEADS_NAME})"
@@ -624,7 +596,7 @@ class WorldModel(nn.Module):
         self.token_embedding = nn.Embedding(V, D)
         self.action_embedding = nn.Embedding(num_actions, D)
         # Embeddings of its own, not the tokenizer's codes; and a learned vector for each place.
-        self.pos_emb = nn.Embedding(args.sequence_length * (K + 1), D)  # learned
+        self.pos_emb = nn.Embedding(args.sequence_length * (K + 1), D)
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList(Block(D, args.dropout) for _ in range(args.layers))
         self.ln_f = nn.LayerNorm(D)
@@ -660,6 +632,12 @@ class WorldModel(nn.Module):
         predicting = torch.cat([h[:, :, : K - 1], h[:, :, K:]], dim=2)  # see the table above
         logits = self.head_token(predicting).flatten(1, 2)
         return logits.float(), self.head_reward(at_action).float(), self.head_end(at_action).float()
+
+    def expected_reward(self, logits):
+        """What `predict` says of rewards (..., 3 or 1) -> the mean of the sign (...)."""
+        if logits.shape[-1] == 1:
+            return logits[..., 0]
+        return logits.softmax(-1) @ logits.new_tensor([-1.0, 0.0, 1.0])
 
     def loss(self, tokens, actions, rewards, ends, valid):
         """Segments (B, T, ...) -> loss, metrics: of tokens, rewards, ends, each a mean where valid."""
@@ -714,7 +692,7 @@ class ActorCritic(nn.Module):
     def forward(self, frames, state, valid=None):
         """Decoded frames (B, T, 3, 64, 64), memory before them -> logits (B, T, A), values (B, T),
         memory after them. Where `valid` (B, T) is false, on padding, the memory stays empty."""
-        features = self.cnn(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])  # (B, T, 1024), or fewer
+        features = self.cnn(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])  # (B, T, 1024)
         hidden = []
         with torch.autocast(frames.device.type, enabled=False):  # bfloat16 has 8 bits: too few here
             for t in range(frames.shape[1]):
@@ -727,10 +705,10 @@ class ActorCritic(nn.Module):
             hidden = torch.stack(hidden, dim=1)  # (B, T, L)
             return self.actor(hidden), self.critic(hidden)[..., 0], state
 
-    def loss(self, dreamt, state, args):
-        """A dream (see `dream`) and the memory at its start -> loss, metrics; appendix B."""
+    def loss(self, dreamt, args):
+        """A dream, as `imagine` returns it -> loss, metrics; appendix B."""
         # The dream was played without gradient; this pass over its frames has it.
-        logits, values, _ = self(dreamt["frames"], state)  # (B, H, A), (B, H)
+        logits, values, _ = self(dreamt["frames"], dreamt["state"])  # (B, H, A), (B, H)
         rewards, ends = dreamt["rewards"], dreamt["ends"]  # (B, H - 1)
         returns = lambda_returns(rewards, values.detach(), ends, args.gamma, args.td_lambda)
         # What is dreamt after an end is worth nothing: it takes no part in any of the losses.
@@ -788,7 +766,7 @@ class Agent(nn.Module):
         """Real frames (N, 64, 64, 3), memory, temperature () -> actions (N,), new memory."""
         seen = self.tokenizer.decode(self.tokenizer.encode(to_network(frames)))
         logits, _, (h, c) = self.actor_critic(seen[:, None], (h, c))  # it knows no raw frames
-        return sample(logits[:, 0] / temperature), h, c
+        return sample(logits[:, 0] / temperature.clamp(min=1e-3)), h, c
 
 
 def sample(logits):
@@ -800,37 +778,42 @@ def sample(logits):
 
 
 @torch.no_grad()  # the policy must not reshape its own dream
-def dream(agent, tokens, past_actions, frame, state, steps, actions=None):
-    """Plays `steps` = H - 1 steps in the world model -> dict of frames (B, H, 3, 64, 64), tokens
-    (B, H, K), both beginning with the last real frame; actions, rewards, ends (B, H - 1).
-
-    tokens (B, n, K), past_actions (B, n - 1): real frames, actions between them; in training n = 1.
-    frame (B, 3, 64, 64): the last of these frames, decoded. state: the policy's memory before it.
-    actions (B, H - 1): if given, played instead of the policy's."""
+def imagine(agent, steps, frames, valid, tokens, actions, given=None):
+    """Dreams `steps` = H - 1 steps after real ones -> dict of frames (B, H, 3, 64, 64), tokens
+    (B, H, K), both beginning with the last real frame; actions, rewards, ends (B, H - 1); state, the
+    policy's memory before them."""
+    # What is real is given twice: for the policy as decoded frames (B, T, 3, 64, 64), with valid (B, T)
+    # false on padding; for the world model as tokens (B, n, K) and actions (B, n), of which the last
+    # is not used: the policy chooses its own, unless `given` (B, H - 1) says what to do. In training
+    # n = 1:
+    #     padding | real frames, for the policy's memory | the last one | H - 1 dreamt frames
+    #      skipped   burn-in                                acts on it     acts on all but the last
+    world_model = agent.world_model
+    state = agent.actor_critic.initial_state(len(frames))
+    _, _, state = agent.actor_critic(frames[:, :-1], state, valid[:, :-1])
+    frame = frames[:, -1]
+    lists = dict(frames=[frame], tokens=[tokens[:, -1]], actions=[], rewards=[], ends=[])
+    start = state
     # Keys and values of the past are cached, so that a new position costs one position. A frame's
     # last token predicts nothing and waits for the action; the two go in together, so that the K + 1
     # positions of a step cost K passes.
-    world_model = agent.world_model
-    embedded = world_model.embed(tokens, F.pad(past_actions, (0, 1)))[:, :-1]  # the last action is a dummy, cut off
-    prefix, pending = embedded[:, :-1], embedded[:, -1]
+    embedded = world_model.embed(tokens, actions)[:, :-1]
+    pending = embedded[:, -1]
     positions, D = world_model.pos_emb.weight.shape
     block = world_model.blocks[0]
     shape = len(world_model.blocks), 2, len(tokens), block.heads, positions, D // block.heads
     caches = block.qkv(pending).new_zeros(shape)  # in a qkv's precision: bfloat16 under autocast
-    world_model(prefix, caches)  # fills the caches; what it predicts is already known
-    position = prefix.shape[1]  # of `pending`: embedded, not yet read
-    dreamt = dict(frames=[frame], tokens=[tokens[:, -1]], actions=[], rewards=[], ends=[])
+    world_model(embedded[:, :-1], caches)  # fills them; what it predicts is already known
+    position = embedded.shape[1] - 1  # of `pending`: embedded, not yet read
     for t in range(steps):
         logits, _, state = agent.actor_critic(frame[:, None], state)
-        action = sample(logits[:, 0]) if actions is None else actions[:, t]
+        action = sample(logits[:, 0]) if given is None else given[:, t]
         pair = torch.stack([pending, world_model.action_embedding(action)], dim=1)  # (B, 2, D)
         h = world_model(pair, caches, position)[:, -1]  # (B, D), at the action
         position += 2
-        dreamt["actions"].append(action)
         reward = world_model.head_reward(h).float()  # (B, 3): logits of the signs; or (B, 1): mse
         reward = sample(reward) - 1.0 if reward.shape[1] == 3 else reward[:, 0]
-        dreamt["rewards"].append(reward)
-        dreamt["ends"].append(sample(world_model.head_end(h)).float())
+        end = sample(world_model.head_end(h)).float()
         frame_tokens = [sample(world_model.head_token(h))]
         pending = world_model.token_embedding(frame_tokens[-1])
         for _ in range(world_model.tokens_per_frame - 1):
@@ -838,10 +821,14 @@ def dream(agent, tokens, past_actions, frame, state, steps, actions=None):
             position += 1
             frame_tokens.append(sample(world_model.head_token(h)))
             pending = world_model.token_embedding(frame_tokens[-1])
-        dreamt["tokens"].append(torch.stack(frame_tokens, dim=1))  # (B, K)
-        frame = agent.tokenizer.decode(dreamt["tokens"][-1])
-        dreamt["frames"].append(frame)
-    return {name: torch.stack(values, dim=1) for name, values in dreamt.items()}
+        frame_tokens = torch.stack(frame_tokens, dim=1)  # (B, K)
+        frame = agent.tokenizer.decode(frame_tokens)
+        step = dict(frames=frame, tokens=frame_tokens, actions=action, rewards=reward, ends=end)
+        for name, value in step.items():
+            lists[name].append(value)
+    dreamt = {name: torch.stack(values, dim=1) for name, values in lists.items()}
+    dreamt["state"] = start
+    return dreamt
 
 
 def accelerate(function, args):
@@ -857,14 +844,14 @@ def accelerate(function, args):
 
     graphs = {}
 
-    def replay(*inputs):
+    def run_graph(*inputs):
         shapes = tuple(x.shape for x in inputs)
         if shapes not in graphs:  # the clones are where later inputs will be copied to
             clones = tuple(x.clone() for x in inputs)
             graphs[shapes] = torch.cuda.make_graphed_callables(run, clones)
         return graphs[shapes](*inputs)
 
-    return replay if args.device == "cuda" else run
+    return run_graph if args.device == "cuda" else run
 
 
 def autocast(args):
@@ -874,6 +861,7 @@ def autocast(args):
 
 # ---- 8. Training: collect, then train the three networks, epoch after epoch ----------------------
 TOKENIZER_PIECE = 64  # frames of its batch at a time; fewer need less of a GPU's memory
+MAX_GRADIENT = 10.0  # a longer gradient is shortened to this (appendix A)
 SHOWN = "real_steps train_return tokenizer_loss token_loss dream_return entropy eval_return".split()
 
 
@@ -892,10 +880,8 @@ def progress(count, label):
 def means(history):
     """A list of metrics, each a dict of tensors -> their means, as floats."""
     # Only now, after the phase: every reading waits for the GPU, and is time that it stands idle.
-    result = {}
-    for name in history[0]:
-        result[name] = float(torch.stack([metrics[name].detach() for metrics in history]).mean())
-    return result
+    columns = {name: [metrics[name].detach() for metrics in history] for name in history[0]}
+    return {name: float(torch.stack(column).mean()) for name, column in columns.items()}
 
 
 def collect(agent, act, game, replay, args):
@@ -903,21 +889,21 @@ def collect(agent, act, game, replay, args):
     begun = time.time()
     temperature = torch.tensor(args.temperature, device=args.device)
     state = agent.actor_critic.initial_state(1)
-    if not game.first:  # the policy has changed: it looks at the running episode again
+    if not game.opens:  # the policy has changed: it looks at the running episode again
         start = max(int(replay.starts[replay.episodes - 1]), replay.size - args.burn_in)
         for frame in replay.frames[start : replay.size]:
             _, *state = act(frame[None], *state, temperature)
     scores = []
-    # The policy's own actions, sampled: exploration is its entropy, and a few random ones.
     for _ in progress(args.collect_steps, "collect"):
-        frame, first = game.frame, game.first
-        if first:
+        frame, opens = game.frame, game.opens
+        if opens:
             state = agent.actor_critic.initial_state(1)
+        # The policy's own actions, sampled: exploration is its entropy, and a few random ones.
         action, *state = act(frame[None].to(args.device), *state, temperature)
         if torch.rand(1) < args.epsilon:
             action = torch.randint(game.num_actions, (1,))
         reward, end, score = game.step(int(action))
-        replay.add(frame, int(action), reward, end, first)
+        replay.add(frame, int(action), reward, end, opens)
         # A game's score counts all lives; an episode of the replay is one life.
         if score is not None:
             scores.append(score)
@@ -938,16 +924,12 @@ def train_tokenizer(tokenizer, perceptual, optimizer, replay, args):
             with autocast(args):
                 loss, metrics = tokenizer.loss(piece, perceptual)
             (loss * len(piece) / len(x)).backward()
-        metrics["tokenizer_grad_norm"] = clip_gradient(tokenizer)
+        gradient = nn.utils.clip_grad_norm_(tokenizer.parameters(), MAX_GRADIENT)
+        metrics["tokenizer_gradient"] = gradient
         optimizer.step()
         history.append(metrics)
     replay.tokenized = 0  # its tokens are out of date
     return means(history)
-
-
-def clip_gradient(network):
-    """Appendix A: a gradient longer than 10 is shortened to 10 -> how long it was."""
-    return nn.utils.clip_grad_norm_(network.parameters(), 10.0)
 
 
 @torch.no_grad()
@@ -965,32 +947,22 @@ def tokenize_replay(tokenizer, replay, args):
 
 def train_world_model(world_model, optimizer, replay, args):
     """An epoch's updates on segments of T real steps -> metrics."""
-    # Segments begin anywhere, so that every position of the transformer sees every kind of frame.
     world_model.train()  # with dropout
     history = []
     for _ in progress(args.world_model_updates, "world model"):
+        # Segments begin anywhere, so that every position sees every kind of frame.
         index, valid = replay.sample(args.world_model_batch, args.sequence_length)
         segments = [x[index] for x in (replay.tokens, replay.actions, replay.rewards, replay.ends)]
         with autocast(args):
             loss, metrics = world_model.loss(*segments, valid)
         optimizer.zero_grad()
         loss.backward()
-        metrics["world_model_grad_norm"] = clip_gradient(world_model)
+        gradient = nn.utils.clip_grad_norm_(world_model.parameters(), MAX_GRADIENT)
+        metrics["world_model_gradient"] = gradient
         optimizer.step()
         history.append(metrics)
     world_model.eval()
     return means(history)
-
-
-def imagine(agent, args, seen, valid, tokens):
-    """burn_in + 1 decoded real frames (B, T, 3, 64, 64), valid (B, T), tokens of the last (B, 1, K)
-    -> the dream that follows them, and the policy's memory before it."""
-    #     padding | real frames, for the policy's memory | the last one | H - 1 dreamt frames
-    #      skipped   burn-in, without gradient              acts on it     acts on all but the last
-    state = agent.actor_critic.initial_state(len(seen))
-    _, _, state = agent.actor_critic(seen[:, :-1], state, valid[:, :-1])
-    no_actions = tokens[:, :0, 0]  # (B, 0): the world model knows one real frame
-    return dream(agent, tokens, no_actions, seen[:, -1], state, args.horizon - 1), state
 
 
 def train_actor_critic(actor_critic, dreamer, optimizer, replay, args):
@@ -1000,15 +972,17 @@ def train_actor_critic(actor_critic, dreamer, optimizer, replay, args):
     for _ in progress(args.actor_critic_updates, "actor-critic"):
         # Dreams begin all over the replay: the policy practises wherever it has ever been.
         index, valid = replay.sample(args.actor_critic_batch, args.burn_in + 1, "last")
-        dreamt, state = dreamer(replay.reconstructions[index], valid, replay.tokens[index[:, -1:]])
+        last = index[:, -1:]  # the world model knows one real frame
+        dreamt = dreamer(replay.reconstructions[index], valid, replay.tokens[last], replay.actions[last])
         # Dreaming costs far more than learning from a dream, so that without a GPU it pays to use each
         # several times. The paper uses it once.
         for _ in range(args.dream_updates):
             with autocast(args):
-                loss, metrics = actor_critic.loss(dreamt, state, args)
+                loss, metrics = actor_critic.loss(dreamt, args)
             optimizer.zero_grad()
             loss.backward()
-            metrics["actor_critic_grad_norm"] = clip_gradient(actor_critic)
+            gradient = nn.utils.clip_grad_norm_(actor_critic.parameters(), MAX_GRADIENT)
+            metrics["actor_critic_gradient"] = gradient
             optimizer.step()
             history.append(metrics)
     frames = args.actor_critic_updates * args.actor_critic_batch * args.horizon
@@ -1016,17 +990,17 @@ def train_actor_critic(actor_critic, dreamer, optimizer, replay, args):
 
 
 def make_optimizers(agent, args):
-    """-> dict of an Adam for each network."""
-    # The paper's rates are all 1e-4. Fused: one kernel updates all parameters on a GPU.
-    decayed, others = [], []  # decay pulls on the transformer's matrices, not on embeddings or gains
-    for name, parameter in agent.world_model.named_parameters():
-        matrix = parameter.dim() == 2 and "emb" not in name
-        (decayed if matrix else others).append(parameter)
+    """-> dict of an Adam for each network. The paper's rates are all 1e-4."""
+    # Weight decay pulls on the transformer's matrices, not on embeddings, gains or biases.
+    parameters = dict(agent.world_model.named_parameters())
+    decayed = [p for name, p in parameters.items() if p.dim() == 2 and "emb" not in name]
+    others = [p for name, p in parameters.items() if p.dim() == 1 or "emb" in name]
     groups = [dict(params=decayed, weight_decay=0.01), dict(params=others, weight_decay=0.0)]
-    return dict(
-        tokenizer=torch.optim.Adam(agent.tokenizer.parameters(), args.tokenizer_lr, fused=True),
-        world_model=torch.optim.AdamW(groups, args.world_model_lr, fused=True),
-        actor_critic=torch.optim.Adam(agent.actor_critic.parameters(), args.actor_critic_lr, fused=True),
+    adam, adamw = torch.optim.Adam, torch.optim.AdamW
+    return dict(  # fused: one kernel updates all parameters on a GPU
+        tokenizer=adam(agent.tokenizer.parameters(), args.tokenizer_lr, fused=True),
+        world_model=adamw(groups, args.world_model_lr, fused=True),
+        actor_critic=adam(agent.actor_critic.parameters(), args.actor_critic_lr, fused=True),
     )
 
 
@@ -1038,20 +1012,17 @@ def train(args, folder):
     optimizers = make_optimizers(agent, args)
     replay = Replay(args)
     perceptual = load_lpips(args.device) if args.perceptual_loss else None
-    if args.tensorboard:
-        try:
-            tensorboard = importlib.import_module("torch.utils.tensorboard")
-        except Exception as error:  # missing, or broken in one of many ways
-            raise InputError(f"--tensorboard: pip install tensorboard ({error!r:.99})") from None
-    folder.mkdir(parents=True, exist_ok=True)  # only now: bad flags leave no folder behind
-    board = tensorboard.SummaryWriter(folder) if args.tensorboard else None
     history = []  # one row of metrics per epoch
     if args.resume:
         history = load_run(folder, agent, optimizers, game, replay)
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # here, since most do without
+
+        board = SummaryWriter(folder)
     save_run(folder, args, history, agent, optimizers, game, replay)
     # Both are called thousands of times with inputs of few shapes: what a CUDA graph is made for.
     act = accelerate(agent.act, args)
-    dreamer = accelerate(partial(imagine, agent, args), args)
+    dreamer = accelerate(partial(imagine, agent, args.horizon - 1), args)
     sizes = [sum(p.numel() for p in network.parameters()) for network in agent.children()]
     precision = "bfloat16" if args.mixed_precision else "float32"
     print(f"{folder}: {args.preset} preset on {args.device}, {precision}, {sizes} parameters", flush=True)
@@ -1065,9 +1036,9 @@ def train(args, folder):
         if epoch <= args.collect_epochs:
             row |= collect(agent, act, game, replay, args)
         if epoch == args.tokenizer_start and args.local_tokens:
-            seed_codebook(agent.tokenizer, replay)
-        stopped = 0 < args.tokenizer_stop < epoch
-        if epoch >= args.tokenizer_start and not stopped:
+            some = torch.randperm(replay.size)[:2048]
+            agent.tokenizer.seed_codebook(to_network(replay.frames[some]))
+        if args.tokenizer_start <= epoch <= args.tokenizer_stop:
             optimizer = optimizers["tokenizer"]
             row |= train_tokenizer(agent.tokenizer, perceptual, optimizer, replay, args)
         # The world model learns the words of this epoch's tokenizer, which is frozen from here on.
@@ -1088,27 +1059,17 @@ def train(args, folder):
         for name, value in row.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is not finite in epoch {epoch}; {folder} is of the one before")
+            if args.tensorboard:
+                board.add_scalar(name, value, epoch)
         history.append(row)
         save_run(folder, args, history, agent, optimizers, game, replay)
         shown = ", ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row)
         left = (args.epochs - epoch) * row["seconds"] / 60
         print(f"epoch {epoch}/{args.epochs}: {shown}, {left:.0f} min left at this pace", flush=True)
-        for name, value in row.items():
-            if board is not None:
-                board.add_scalar(name, value, epoch)
     result, recording = evaluate(agent, act, args, args.final_games)
     write_pictures(agent, args, recording, folder / "media" / "final")
     write_atomically(folder / "eval.json", json.dumps(result, indent=1).encode())
     print(summary(result))
-
-
-@torch.no_grad()
-def seed_codebook(tokenizer, replay):
-    """The first codes of local tokens: squares of real frames, each unlike those chosen before."""
-    tokenizer.codebook.weight.zero_()
-    for _ in range(8):
-        index, _ = replay.sample(512, 1)
-        tokenizer.revive_codes(to_network(replay.frames[index[:, 0]]))
 
 
 # ---- 9. Evaluation: whole real games, and how healthy each network is ----------------------------
@@ -1127,8 +1088,8 @@ Seaquest 68.4 42054.7 661.32 | UpNDown 533.4 11693.2 3546.2
 
 
 def play_games(agent, act, args, games, max_steps=math.inf):
-    """Plays whole games side by side -> returns (games,), frames, actions, rewards, ends of game 0,
-    1000 steps at most. max_steps: stop after so many, for what game 0 shows."""
+    """Plays whole games side by side -> returns (games,), and frames, actions, rewards, ends of the
+    first game, 1000 steps at most. max_steps: stop after so many."""
     # Side by side, so that the networks see one batch a step. All start at once, and the evaluation
     # ends when the longest game does: to stop earlier would count short games more often.
     env = make_env(args.env, games, training=False)
@@ -1149,55 +1110,51 @@ def play_games(agent, act, args, games, max_steps=math.inf):
         frames, rewards, terminated, truncated, info = env.step(actions.numpy())
         returns += rewards * playing  # a game that is over waits for the others
         if playing[0] and len(recording) < 1000:
-            end = (
-                terminated[0] or 0 < info["lives"][0] < lives
-            )  # of an episode, as in training: a life, unless it was the last one
-            reward = torch.tensor(float(rewards[0]))
-            recording.append((seen[0], actions[0], reward, torch.tensor(int(end))))
+            # The end of an episode, as in training: of a life, too.
+            end = bool(terminated[0] or 0 < info["lives"][0] < lives)
+            recording.append((seen[0], actions[0], torch.tensor(float(rewards[0])), torch.tensor(end)))
         playing &= ~(terminated | truncated)
-    return returns, *(torch.stack(column).to(args.device) for column in zip(*recording))
+    frames, actions, rewards, ends = (torch.stack(x).to(args.device) for x in zip(*recording))
+    return returns, (frames, actions, rewards, ends.long())
 
 
 @torch.no_grad()
-def health(agent, frames, actions, rewards, ends, T):
+def health(agent, recording, T):
     """The networks on real play that they were not trained on, in segments of T steps -> metrics."""
-    # Segments from the beginning of the game on; what is left at its end is not used.
-    count = len(frames) // T
-    x = to_network(frames[: count * T])
+    count = len(recording[0]) // T  # what is left at the end of the game is not used
+    frames, actions, rewards, _ = (x[: count * T] for x in recording)
+    x = to_network(frames)
     tokens = agent.tokenizer.encode(x)  # (count T, K)
     # What moves is a small part of a frame: a good mean error can hide that it is all missing.
     error = (agent.tokenizer.decode(tokens) - x).abs()
     contrast = (x - x.median(dim=0).values).abs()  # the error if only the background were drawn
     moving = (contrast > 0.2).float()
-    kept = 1 - (moving * error).sum() / (moving * contrast).sum().clamp(min=1)
-    metrics = dict(psnr=-10 * (error / 2).square().mean().log10(), moving_contrast_kept=kept)
+    lost = (moving * error).sum() / (moving * contrast).sum().clamp(min=1)
+    metrics = dict(psnr=-10 * (error / 2).square().mean().log10(), moving_contrast_kept=1 - lost)
     # The world model must beat "each token stays what it was a frame ago".
     tokens = tokens.unflatten(0, (count, T))
-    actions = actions[: count * T].unflatten(0, (count, T))
-    logits, reward, end = agent.world_model.predict(tokens, actions)
+    logits, reward, _ = agent.world_model.predict(tokens, actions.unflatten(0, (count, T)))
     logits = logits[:, tokens.shape[2] - 1 : -1].flatten(0, 1)  # about the frames 1 .. T - 1
     targets = tokens[:, 1:].flatten()
     metrics["token_accuracy"] = (logits.argmax(1) == targets).float().mean()
     metrics["copy_accuracy"] = (tokens[:, :-1].flatten() == targets).float().mean()
     metrics["token_cross_entropy"] = F.cross_entropy(logits, targets)
     # Rewards are rare: never to predict one has a low loss, and teaches the policy nothing.
-    told = reward.argmax(-1) - 1 if reward.shape[-1] == 3 else reward[..., 0].round().sign()
-    told, real, ends = told.flatten(), rewards[: count * T].sign(), ends[: count * T]
-    hits = ((told == real) & (real != 0)).sum()
-    metrics["reward_recall"] = hits / (real != 0).sum().clamp(min=1)
-    metrics["reward_precision"] = hits / (told != 0).sum().clamp(min=1)
-    metrics["end_recall"] = (end.argmax(-1).flatten() * ends).sum() / ends.sum().clamp(min=1)
+    expected = agent.world_model.expected_reward(reward).flatten().round()
+    hits = ((expected == rewards.sign()) & (rewards != 0)).sum()
+    metrics["reward_recall"] = hits / (rewards != 0).sum().clamp(min=1)
+    metrics["reward_precision"] = hits / (expected != 0).sum().clamp(min=1)
     return {name: float(value) for name, value in metrics.items()}
 
 
 def evaluate(agent, act, args, games):
-    """Whole games -> a result, for eval.json, and what game 0 shows."""
-    returns, *recording = play_games(agent, act, args, games)
+    """Whole games -> a result, for eval.json, and what the first game showed."""
+    returns, recording = play_games(agent, act, args, games)
     result = dict(game=args.game, seed=args.seed, temperature=args.eval_temperature)
     result["mean"] = float(returns.mean())
     result["interval"] = float(1.96 * returns.std() / math.sqrt(max(games - 1, 1)))
     result["returns"] = returns.tolist()
-    result["health"] = health(agent, *recording, min(args.sequence_length, len(recording[0])))
+    result["health"] = health(agent, recording, min(args.sequence_length, len(recording[0])))
     return result, recording
 
 
@@ -1238,32 +1195,31 @@ def read_checkpoint(path):
         raise InputError(f"{path} is missing, damaged, or no checkpoint ({error!r:.80})") from None
 
 
+SAVED_COLUMNS = ("starts", "actions", "rewards", "ends")  # frames have a file, the rest is computed
 FRAME_BYTES = 64 * 64 * 3
-SAVED_COLUMNS = ("starts", "actions", "rewards", "ends")  # the rest is in files, or computed anew
 
 
 def save_run(folder, args, history, agent, optimizers, game, replay):
     """Writes all that the next epoch needs; for people, metrics.csv and config.json."""
-    # Frames go to the end of a file of their own: 2.5 MB an epoch, where a checkpoint with all of
-    # them would be 1.2 GB. An epoch that was killed and is played again overwrites its first try.
-    start = max(0, replay.size - args.collect_steps)
-    (folder / "frames.bin").touch()
-    with open(folder / "frames.bin", "r+b") as file:
-        file.seek(start * FRAME_BYTES)
-        file.write(replay.frames[start : replay.size].cpu().numpy())
+    # New frames go to the end of a file of their own: 2.5 MB an epoch, where a checkpoint with all of
+    # them would be 1.2 GB. What an epoch wrote that was killed before its checkpoint is cut off.
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "frames.bin", "ab") as file:
+        file.truncate(replay.saved * FRAME_BYTES)
+        file.write(replay.frames[replay.saved : replay.size].cpu().numpy())
         file.flush()
         os.fsync(file.fileno())
-    state = {name: getattr(replay, name)[: replay.size].clone() for name in SAVED_COLUMNS}
+    replay.saved = replay.size
+    saved_args = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
+    state = dict(args=saved_args, history=history, agent=agent.state_dict())
+    state["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+    state["columns"] = {name: getattr(replay, name)[: replay.size].clone() for name in SAVED_COLUMNS}
     state["episodes"] = replay.episodes
     state["game"] = game.number, game.actions
-    state["args"] = {k: v for k, v in vars(args).items() if k not in (*MODES, "run")}
-    state["history"] = history
-    state["agent"] = agent.state_dict()
-    state["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(folder / "checkpoint.pt", buffer.getbuffer())
-    write_atomically(folder / "config.json", json.dumps(state["args"], indent=1).encode())
+    write_atomically(folder / "config.json", json.dumps(saved_args, indent=1).encode())
     names = dict.fromkeys(name for row in history for name in row)  # in order, each once
     lines = [",".join(str(row.get(name, "")) for name in names) for row in history]
     write_atomically(folder / "metrics.csv", "\n".join([",".join(names), *lines, ""]).encode())
@@ -1281,9 +1237,10 @@ def load_run(folder, agent, optimizers, game, replay):
     game.begin(number)
     for action in actions:
         game.step(action)
-    replay.size, replay.episodes = len(state["actions"]), state["episodes"]
-    for name in SAVED_COLUMNS:
-        getattr(replay, name)[: replay.size] = state[name]
+    replay.size = replay.saved = len(state["columns"]["actions"])
+    replay.episodes = state["episodes"]
+    for name, column in state["columns"].items():
+        getattr(replay, name)[: replay.size] = column
     frames = np.fromfile(folder / "frames.bin", np.uint8, replay.size * FRAME_BYTES)
     if len(frames) < replay.size * FRAME_BYTES:
         raise InputError(f"{folder}/frames.bin is damaged: it has not all {replay.size} frames")
@@ -1332,14 +1289,8 @@ def load_weights(agent, state, path):
 
 
 # ---- 11. Pictures: a world model is something to look at -----------------------------------------
-def to_pixels(frames):
-    """Frames (..., 3, 64, 64) in [-1, 1] -> (..., 64, 64, 3) uint8 in numpy."""
-    frames = ((frames.float() + 1) * 127.5).round().clamp(0, 255)
-    return frames.to(torch.uint8).movedim(-3, -1).cpu().numpy()
-
-
 def draw_row(frames, captions=(), scale=3):
-    """RGB frames (n, 64, 64, 3) uint8 -> a BGR image of them side by side, captions below them."""
+    """RGB frames, each (64, 64, 3) uint8 -> a BGR image of them side by side, captions below them."""
     row = np.concatenate(list(frames), axis=1).repeat(scale, axis=0).repeat(scale, axis=1)
     row = cv2.cvtColor(row, cv2.COLOR_RGB2BGR)
     row = cv2.copyMakeBorder(row, 0, 18, 0, 0, cv2.BORDER_CONSTANT)
@@ -1349,49 +1300,59 @@ def draw_row(frames, captions=(), scale=3):
     return row
 
 
+def to_pixels(frames):
+    """Frames (..., 3, 64, 64) in [-1, 1] -> (..., 64, 64, 3) uint8 in numpy."""
+    frames = ((frames.float() + 1) * 127.5).round().clamp(0, 255)
+    return frames.to(torch.uint8).movedim(-3, -1).cpu().numpy()
+
+
 @torch.no_grad()
 def write_pictures(agent, args, recording, folder):
     """dream.png and dream.gif: a recorded real game, as tokenizer and world model see it."""
     frames, actions, rewards, ends = recording
+    if len(frames) < 2:
+        return  # a game of a moment: nothing to dream of
     tokens = agent.tokenizer.encode(to_network(frames))  # (n, K)
+    decoded = agent.tokenizer.decode(tokens)
     torch.manual_seed(args.seed)
+    # A picture's segment is T steps: the world model knows the first half, and dreams the second.
+    T = min(args.sequence_length, len(frames))
+    known = T // 2
 
-    def dream_on(first, last, steps, given):
-        """Knowing the real frames first .. last, dreams on -> pixels (steps + 1, 64, 64, 3)."""
-        past, past_actions = tokens[None, first : last + 1], actions[None, first:last]
-        frame, state = agent.tokenizer.decode(past[:, -1]), agent.actor_critic.initial_state(1)
-        return to_pixels(dream(agent, past, past_actions, frame, state, steps, given)["frames"][0])
+    def dream_on(first, as_played):
+        """-> pixels (T, 64, 64, 3) of the segment that begins with frame `first`."""
+        past = torch.arange(first, first + known, device=frames.device)
+        seen = F.pad(past, (1, 0), value=first)  # one padding frame, so that there is a burn-in
+        valid = torch.arange(known + 1, device=frames.device)[None] > 0
+        given = actions[None, first + known - 1 : first + T - 1] if as_played else None
+        real = tokens[None, past], actions[None, past]
+        dreamt = imagine(agent, T - known, decoded[None, seen], valid, *real, given)
+        return to_pixels(torch.cat([decoded[past[:-1]], dreamt["frames"][0]]))
 
-    # The picture: around the first reward, or in the middle of the game. Rows: real, with what came;
-    # decoded, with what the world model expects; dreamt from the first of the frames and the actions
-    # really played; other futures of that frame, in which the policy acts.
-    H = min(args.horizon, len(frames))
-    # The moment that tells most about a world model is one in which something is won or lost.
+    # The picture: around the first reward, which tells most about a world model, or in the middle of
+    # the game. Rows: real, with what came; decoded, with what the world model expects; dreamt with the
+    # actions really played; three other futures, in which the policy acts.
     scored = rewards.nonzero().flatten().tolist() + [len(frames) // 2]
-    first = max(0, min(scored[0] - H // 2, len(frames) - H))
-    part = slice(first, first + H)
+    first = max(0, min(scored[0] - known, len(frames) - T))
+    part = slice(first, first + T)
     _, reward, end = agent.world_model.predict(tokens[None, part], actions[None, part])
-    if reward.shape[-1] == 3:
-        reward = reward.softmax(-1) @ reward.new_tensor([-1.0, 0.0, 1.0])
+    reward = agent.world_model.expected_reward(reward)[0]
     came = [f"real: {r:+g}, end {e}" for r, e in zip(rewards[part], ends[part])]
-    chances = zip(reward.flatten(), end[0].softmax(-1)[:, 1])
-    expected = [f"decoded: {r:+.2f}, {e:.2f}" for r, e in chances]
+    expected = [f"decoded: {r:+.2f}, {e:.2f}" for r, e in zip(reward, end[0].softmax(-1)[:, 1])]
     rows = [draw_row(frames[part].cpu().numpy(), came)]
-    rows.append(draw_row(to_pixels(agent.tokenizer.decode(tokens[part])), expected))
-    rows.append(draw_row(dream_on(first, first, H - 1, actions[None, part]), ["dreamt"]))
+    rows.append(draw_row(to_pixels(decoded[part]), expected))
+    rows.append(draw_row(dream_on(first, True), ["known"] * known + ["dreamt"] * (T - known)))
     for _ in range(3):
-        rows.append(draw_row(dream_on(first, first, H - 1, None), ["another future"]))
+        rows.append(draw_row(dream_on(first, False), ["known"] * known + ["another future"]))
     _, png = cv2.imencode(".png", np.concatenate(rows))
     write_atomically(folder / "dream.png", png)
 
-    # The film: real beside dreamt, given the actions really played; the dream begins again from real
-    # frames every half of T.
-    images, known = [], max(1, min(args.sequence_length, len(frames) - 1) // 2)
-    for last in range(known, min(len(frames), 200) - known, known):
-        given = actions[None, last : last + known]
-        for i, dreamt in enumerate(dream_on(last - known + 1, last, known, given)[1:], start=1):
-            images.append(draw_row([frames[last + i].cpu().numpy(), dreamt], ["real", "dreamt"]))
-    images = images or rows[:1]  # a game of a moment
+    # The film: real beside dreamt; the dream begins again from real frames every half of T.
+    images = []
+    for first in range(0, min(len(frames), 200) - T + 1, T - known):
+        dreamt = dream_on(first, True)
+        for i in range(known, T):
+            images.append(draw_row([frames[first + i].cpu().numpy(), dreamt[i]], ["real", "dreamt"]))
     animation = cv2.Animation()
     animation.frames = images
     animation.durations = np.full(len(images), 80)  # milliseconds
@@ -1399,36 +1360,30 @@ def write_pictures(agent, args, recording, folder):
     write_atomically(folder / "dream.gif", gif)
 
 
-ACTIONS = "NOOP FIRE UP RIGHT LEFT DOWN UPRIGHT UPLEFT DOWNRIGHT DOWNLEFT UPFIRE RIGHTFIRE LEFTFIRE "
-ACTIONS += "DOWNFIRE UPRIGHTFIRE UPLEFTFIRE DOWNRIGHTFIRE DOWNLEFTFIRE"
-KEYS = dict(zip(ACTIONS.split(), "nfwdasythgWDASYTHG"))
-
-
 @torch.no_grad()
-def play(agent, act, args):
+def play(agent, args, recording):
     """The world model as a game, in a window; you are the policy."""
-    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        raise InputError("--play opens a window, and there is no display (--dream writes pictures)")
-    names = gym.make(args.env).unwrapped.get_action_meanings()
-    keys = [KEYS[name] for name in names]
-    print(dict(zip(keys, names)), "r: another start, q: quit", flush=True)
-    _, frames, *_ = play_games(agent, act, args, 1, max_steps=300)
+    keys = gym.make(args.env).unwrapped.get_keys_to_action()  # such as ("w", " "): up and fire
+    moves = {pressed[0]: action for pressed, action in keys.items() if len(pressed) == 1}
+    print("keys: w a s d, space to fire, r: another start, q: quit", flush=True)
+    recorded = agent.tokenizer.encode(to_network(recording[0]))  # (n, K)
     key = "r"
     while key != "q":
         if key == "r":
-            start = frames[torch.randint(len(frames), (1,))]
-            tokens = agent.tokenizer.encode(to_network(start))[None]  # (1, 1, K)
-            actions = tokens[:, :0, 0]  # (1, 0)
+            start = torch.randint(len(recorded), (1,))
+            tokens = recorded[None, start]  # (1, 1, K)
+            actions = tokens.new_zeros(1, 1)
             score, end = 0.0, False
         elif not end:
-            action = actions.new_tensor([[keys.index(key) if key in keys else 0]])
-            frame, state = agent.tokenizer.decode(tokens[:, -1]), agent.actor_critic.initial_state(1)
-            dreamt = dream(agent, tokens, actions, frame, state, 1, action)
-            score, end = score + float(dreamt["rewards"]), bool(dreamt["ends"])
+            actions[0, -1] = moves.get(key, 0)
+            seen = agent.tokenizer.decode(tokens[0, [-1, -1]])[None]  # for the policy: it is not asked
+            valid = torch.ones(1, 2, device=tokens.device)
+            dreamt = imagine(agent, 1, seen, valid, tokens, actions, actions[:, -1:])
+            score += float(dreamt["rewards"])
+            end = bool(dreamt["ends"])
             # One place of T is for the next frame: the oldest has to go.
             tokens = torch.cat([tokens, dreamt["tokens"][:, 1:]], dim=1)[:, 1 - args.sequence_length :]
-            actions = torch.cat([actions, action], dim=1)
-            actions = actions[:, actions.shape[1] - tokens.shape[1] + 1 :]
+            actions = F.pad(actions, (0, 1))[:, 1 - args.sequence_length :]
         text = f"rewards {score:+g}" + (", the end: press r" if end else "")
         image = to_pixels(agent.tokenizer.decode(tokens[:, -1]))
         cv2.imshow("iris", draw_row(image, [text], scale=8))
@@ -1438,24 +1393,26 @@ def play(agent, act, args):
 # ---- 12. Command line ----------------------------------------------------------------------------
 def look_into(args):
     """--eval, --dream and --play: what a run, or an authors' checkpoint, has learned."""
-    path = Path(args.run)
-    state = read_checkpoint(path)
+    if args.play and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        raise InputError("--play opens a window, and there is no display (--dream writes pictures)")
+    state = read_checkpoint(args.run)
     agent = Agent(args, int(make_env(args.env).single_action_space.n)).to(args.device).eval()
-    load_weights(agent, state, path)
+    load_weights(agent, state, args.run)
     act = accelerate(agent.act, args)
-    results = path if path.is_dir() else path.with_suffix(".results")  # beside an authors' Pong.pt
-    if args.play:
-        play(agent, act, args)
-    elif args.dream:
-        _, *recording = play_games(agent, act, args, 1, max_steps=1000)
-        write_pictures(agent, args, recording, results / "media" / "dream")
-    else:
+    results = args.run if args.run.is_dir() else args.run.with_suffix(".results")
+    if args.eval:
         result, _ = evaluate(agent, act, args, args.final_games)
         saved = state.get("args", {}).items()
         result["other_flags"] = {k: getattr(args, k) for k, v in saved if v != getattr(args, k)}
         name = time.strftime("eval-%Y%m%d-%H%M%S.json")  # eval.json is what training wrote
         write_atomically(results / name, json.dumps(result, indent=1).encode())
         print(summary(result))
+        return
+    _, recording = play_games(agent, act, args, 1, max_steps=1000)
+    if args.dream:
+        write_pictures(agent, args, recording, results / "media" / "dream")
+    else:
+        play(agent, args, recording)
 
 
 def main(argv=None):
@@ -1466,16 +1423,16 @@ def main(argv=None):
         torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not args.torch_deterministic
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan each of a dream's 300 shapes
-        if args.run is not None and not args.resume:
+        if args.eval or args.dream or args.play:
             look_into(args)
             return 0
         # The process's number keeps two runs apart that begin in the same second.
         now = time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
         name = f"{args.game.replace('/', '-')}__{args.exp_name}__{args.seed}__{now}"
-        folder = Path(args.run) if args.resume else Path(args.run_dir, name)
+        folder = args.run if args.resume else Path(args.run_dir, name)
         train(args, folder)
         return 0
-    except (InputError, OSError, MemoryError, cv2.error) as error:
+    except (InputError, ImportError, OSError, MemoryError, cv2.error) as error:
         code, message = 2, str(error)
     except FloatingPointError as error:
         code, message = 1, str(error)
