@@ -39,7 +39,8 @@ from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch's idle threads soon sleep: cores are shared
+# Before torch is imported: its idle threads shall soon sleep, since cores are often shared.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import ale_py  # noqa: F401 (importing it registers the games)
 import cv2
@@ -63,7 +64,8 @@ SMALL = """
     --sequence-length 10 --layers 4 --width 128 --dropout 0 --policy-size 32 --lstm-size 256
     --burn-in 4 --horizon 10 --gamma 0.97 --entropy-coef 0.01 --scale-advantages --no-mixed-precision
 """
-MAY_CHANGE = ("epochs", "device", "mixed_precision")  # from a run to its continuation
+# From a run to its continuation.
+MAY_CHANGE = ("epochs", "device", "mixed_precision", "final_games", "tensorboard")
 
 
 class InputError(ValueError):
@@ -74,13 +76,13 @@ def make_parser():
     """-> the parser of all flags, with the paper's values as defaults."""
     parser = argparse.ArgumentParser("iris.py", usage="iris.py --env Pong [--help]", allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    devices = ["cpu"]
+    devices = ["cpu"]  # the last one is the default: mps only on request
     if torch.backends.mps.is_available():
         devices.insert(0, "mps")
     if torch.cuda.is_available():
         devices.append("cuda")
 
-    def flag(name, default, text, choices=None):
+    def add_argument(name, default, text, choices=None):
         if isinstance(default, bool):
             options = dict(action=argparse.BooleanOptionalAction)  # --name and --no-name
         else:
@@ -89,65 +91,65 @@ def make_parser():
 
     # The modes; without one, it trains.
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--resume", type=Path, metavar="RUN", help="go on; --epochs may be raised")
+    modes.add_argument("--resume", type=Path, metavar="RUN", help="continue it; --epochs may be raised")
     modes.add_argument("--eval", type=Path, metavar="RUN", help="whole games; or the authors' Pong.pt")
     modes.add_argument("--dream", type=Path, metavar="RUN", help="picture and film of its dreams")
     modes.add_argument("--play", type=Path, metavar="RUN", help="you play inside its world model")
-    flag("--env", "Pong", "game: Pong, or ALE/Pong-v5")
-    flag("--preset", "auto", "auto: paper on CUDA, else small", choices=("auto", "paper", "small"))
-    flag("--exp-name", "iris", "goes into the run's name")
-    flag("--run-dir", "runs", "folder for the folders of runs")
-    flag("--seed", 1, "of networks, sampling and games")
-    flag("--device", devices[-1], "where to compute", choices=devices)
-    flag("--mixed-precision", True, "bfloat16: fast on GPUs from Ampere on, CPUs with AMX")
-    flag("--torch-deterministic", False, "repeatable on a GPU too, but slower")
-    flag("--tensorboard", False, "write events for TensorBoard as well")
+    add_argument("--env", "Pong", "game: Pong, or ALE/Pong-v5")
+    add_argument("--preset", "auto", "auto: paper on CUDA, else small", choices=("auto", "paper", "small"))
+    add_argument("--exp-name", "iris", "goes into the run's name")
+    add_argument("--run-dir", "runs", "folder for the folders of runs")
+    add_argument("--seed", 1, "of networks, sampling and games")
+    add_argument("--device", devices[-1], "where to compute", choices=devices)
+    add_argument("--mixed-precision", True, "bfloat16: fast on GPUs from Ampere on, CPUs with AMX")
+    add_argument("--torch-deterministic", False, "repeatable on a GPU too, but slower")
+    add_argument("--tensorboard", False, "write events for TensorBoard as well")
     # The schedule: an epoch collects real steps, then trains each network for some updates. A network
     # that starts too early learns from another that knows nothing yet.
-    flag("--epochs", 600, "epochs of the run")
-    flag("--collect-epochs", 500, "epochs that collect real steps")
-    flag("--collect-steps", 200, "real steps of each: 500 x 200 is Atari 100k")
-    flag("--tokenizer-start", 6, "first epoch that trains the tokenizer")
-    flag("--tokenizer-stop", 1_000_000, "last epoch that trains it")
-    flag("--world-model-start", 26, "first epoch that trains the world model")
-    flag("--actor-critic-start", 51, "first epoch that trains the policy")
-    flag("--tokenizer-updates", 200, "updates an epoch")
-    flag("--world-model-updates", 200, "updates an epoch")
-    flag("--actor-critic-updates", 200, "updates an epoch")
-    flag("--tokenizer-batch", 256, "frames of an update")
-    flag("--world-model-batch", 64, "segments of an update")
-    flag("--actor-critic-batch", 64, "dreams of an update")
-    flag("--tokenizer-lr", 1e-4, "learning rate of Adam")
-    flag("--world-model-lr", 1e-4, "learning rate of AdamW")
-    flag("--actor-critic-lr", 1e-4, "learning rate of Adam")
+    add_argument("--epochs", 600, "epochs of the run")
+    add_argument("--collect-epochs", 500, "epochs that collect real steps")
+    add_argument("--collect-steps", 200, "real steps of each: 500 x 200 is Atari 100k")
+    add_argument("--tokenizer-start", 6, "first epoch that trains the tokenizer")
+    add_argument("--tokenizer-stop", 1_000_000, "last epoch that trains it")
+    add_argument("--world-model-start", 26, "first epoch that trains the world model")
+    add_argument("--actor-critic-start", 51, "first epoch that trains the policy")
+    add_argument("--tokenizer-updates", 200, "updates an epoch")
+    add_argument("--world-model-updates", 200, "updates an epoch")
+    add_argument("--actor-critic-updates", 200, "updates an epoch")
+    add_argument("--tokenizer-batch", 256, "frames of an update")
+    add_argument("--world-model-batch", 64, "segments of an update")
+    add_argument("--actor-critic-batch", 64, "dreams of an update")
+    add_argument("--tokenizer-lr", 1e-4, "learning rate of Adam")
+    add_argument("--world-model-lr", 1e-4, "learning rate of AdamW")
+    add_argument("--actor-critic-lr", 1e-4, "learning rate of Adam")
     # Real play: how it explores, and how it is judged.
-    flag("--epsilon", 0.01, "share of random actions while collecting")
-    flag("--temperature", 1.0, "of the policy while collecting (Freeway 0.01)")
-    flag("--eval-temperature", 0.5, "of the policy in evaluations; 0: its likeliest action")
-    flag("--eval-every", 5, "epochs between evaluations")
-    flag("--eval-games", 16, "games of such an evaluation")
-    flag("--final-games", 100, "games of the last one, and of --eval")
+    add_argument("--epsilon", 0.01, "share of random actions while collecting")
+    add_argument("--temperature", 1.0, "of the policy while collecting (Freeway 0.01)")
+    add_argument("--eval-temperature", 0.5, "of the policy in evaluations; 0: its likeliest action")
+    add_argument("--eval-every", 5, "epochs between evaluations")
+    add_argument("--eval-games", 16, "games of such an evaluation")
+    add_argument("--final-games", 100, "games of the last one, and of --eval")
     # The networks.
-    flag("--local-tokens", False, "each token sees and draws only its own square")
-    flag("--tokens-per-frame", 16, "K; 64: finer, slower (appendix E)", choices=(16, 64))
-    flag("--vocab-size", 512, "V: codes in the codebook")
-    flag("--perceptual-loss", True, "LPIPS, with a VGG16 from the net")
-    flag("--reconstruction-loss", "l1", "the paper's text has l2", choices=("l1", "l2"))
-    flag("--sequence-length", 20, "T: steps that the transformer sees")
-    flag("--layers", 10, "transformer blocks")
-    flag("--width", 256, "D, a multiple of the 4 heads")
-    flag("--dropout", 0.1, "on embedding, attention and residuals")
-    flag("--reward-loss", "cross-entropy", "the text has mse", choices=("cross-entropy", "mse"))
-    flag("--policy-size", 64, "pixels that the policy sees, a side", choices=(16, 32, 64))
-    flag("--lstm-size", 512, "L: size of the policy's memory")
+    add_argument("--local-tokens", False, "each token sees and draws only its own square")
+    add_argument("--tokens-per-frame", 16, "K; 64: finer, slower (appendix E)", choices=(16, 64))
+    add_argument("--vocab-size", 512, "V: codes in the codebook")
+    add_argument("--perceptual-loss", True, "LPIPS, with a VGG16 from the net")
+    add_argument("--reconstruction-loss", "l1", "the paper's text has l2", choices=("l1", "l2"))
+    add_argument("--sequence-length", 20, "T: steps that the transformer sees")
+    add_argument("--layers", 10, "transformer blocks")
+    add_argument("--width", 256, "D, a multiple of the 4 heads")
+    add_argument("--dropout", 0.1, "on embedding, attention and residuals")
+    add_argument("--reward-loss", "cross-entropy", "the text has mse", choices=("cross-entropy", "mse"))
+    add_argument("--policy-size", 64, "pixels that the policy sees, a side", choices=(16, 32, 64))
+    add_argument("--lstm-size", 512, "L: size of the policy's memory")
     # Dreams, and what the policy makes of them.
-    flag("--burn-in", 20, "real frames that fill its memory before a dream")
-    flag("--horizon", 20, "H: frames of a dream, at most T")
-    flag("--dream-updates", 1, "updates on the same dreams")
-    flag("--scale-advantages", False, "divide them by their spread")
-    flag("--gamma", 0.995, "discount: how far the policy looks ahead")
-    flag("--td-lambda", 0.95, "of the returns; 0: one step, 1: the whole dream")
-    flag("--entropy-coef", 0.001, "how much the policy is to stay undecided")
+    add_argument("--burn-in", 20, "real frames that fill the policy's memory")
+    add_argument("--horizon", 20, "H: frames of a dream, at most T")
+    add_argument("--dream-updates", 1, "updates on the same dreams")
+    add_argument("--scale-advantages", False, "divide advantages by their root mean square")
+    add_argument("--gamma", 0.995, "discount: how far the policy looks ahead")
+    add_argument("--td-lambda", 0.95, "of the returns; 0: one step, 1: the whole dream")
+    add_argument("--entropy-coef", 0.001, "how much the policy is to stay undecided")
     return parser
 
 
@@ -156,7 +158,7 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
-    # Whose defaults hold: a run's own, or a preset's? Then the flags are read again.
+    # The first pass finds mode, device and preset, whose defaults are the second pass's.
     run = args.resume or args.eval or args.dream or args.play
     device = args.device
     preset = args.preset
@@ -173,10 +175,13 @@ def parse_args(argv=None):
         parser.set_defaults(**saved)
     elif preset == "small":
         argv = SMALL.split() + argv
-    elif "Freeway" in args.env:  # appendix: its rewards are rare, dithering finds none
+    if run is None and "Freeway" in args.env:  # appendix: its rewards are rare, dithering finds none
         argv = ["--temperature", "0.01"] + argv
     args = parser.parse_args(argv)
-    args.run, args.device, args.preset = run, device, preset
+    args.run = run
+    args.device = device
+    if args.preset == "auto":
+        args.preset = preset
     # Other READMEs call the same game PongNoFrameskip-v4 or PongDeterministic-v4.
     args.game = re.sub(r"(NoFrameskip|Deterministic)?-v\d+$", "", args.env.removeprefix("ALE/"))
     if "/" not in args.env or args.env.startswith("ALE/"):
@@ -189,7 +194,7 @@ def parse_args(argv=None):
         if args.resume and name not in MAY_CHANGE and value != saved.get(name, value):
             raise InputError(f"{flag} is {saved[name]} in {run}, which goes on as it began")
     if not args.tokenizer_start <= args.world_model_start <= args.actor_critic_start:
-        raise InputError("the three --...-start must not fall: each network needs the one before")
+        raise InputError("--tokenizer-start <= --world-model-start <= --actor-critic-start: each needs the one before")
     if not 2 <= args.horizon <= args.sequence_length or args.width % 4 or args.seed >= 2**31:
         raise InputError("2 <= --horizon <= --sequence-length; --width: 4 heads; --seed: below 2**31")
     return args
@@ -253,8 +258,8 @@ class Game:
         over = False
         if self.opens:
             # After an end the emulator wants one more step, which shows the next episode's first
-            # frame. Either the game goes on with the next life, or it is over, and the frames of a
-            # new game are counted from 0 again.
+            # frame. Either the game goes on with the next life: then this step is a no-op. Or it is
+            # over: then its action is ignored, and the frames of a new game are counted from 0.
             frames, rewards, _, out_of_time, after = self.env.step(np.array([0]))
             reward += float(rewards[0])
             restarted = after["episode_frame_number"][0] < info["episode_frame_number"][0]
@@ -268,7 +273,7 @@ class Game:
 
 
 # ---- 3. Replay: every real step, and what the tokenizer makes of it ------------------------------
-CHUNK = 256  # frames tokenized at once: always as many, so that a frame always gives the same bits
+CHUNK = 256  # frames tokenized at once; always as many, so that a frame always gives the same bits
 
 
 class Replay:
@@ -490,6 +495,7 @@ class Tokenizer(nn.Module):
         # so that what has no code yet gets one: the ball in yet another place.
         distance = torch.full((len(latents),), 1e6, device=x.device)
         for codes in self.codebook.weight.split(16):
+            # 1e-9: where all distances are zero there must still be something to pick
             picked = latents[torch.multinomial(distance + 1e-9, len(codes))]  # (16, E)
             codes.copy_(picked)
             distance = distance.minimum(torch.cdist(latents, picked).square().min(dim=1).values)
@@ -569,13 +575,13 @@ class Block(nn.Module):
         and the cache (2, B, nh, S_max, hs) the keys and values before them; theirs are added to it."""
         B, S, D = x.shape
         qkv = self.qkv(self.ln1(x)).view(B, S, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, S, hs)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, S, hs)
+        q, k, v = qkv
         if cache is not None:
-            cache[0, :, :, start : start + S] = k
-            cache[1, :, :, start : start + S] = v
+            cache[:, :, :, start : start + S] = qkv[1:]
             k, v = cache[:, :, :, : start + S]  # each (B, nh, start + S, hs)
-        # Position i of x sees the columns 0 .. start + i. From the start that is plain causality; a
-        # single new position sees all there are; only several after a cache need a mask.
+        # Row i of x sees the columns 0 .. start + i. Without a past that is plain causality, a single
+        # new position sees everything, and only several new ones after a past need a mask.
         mask = None
         if start > 0 and S > 1:
             mask = torch.ones(S, start + S, dtype=torch.bool, device=x.device).tril(start)
@@ -646,6 +652,7 @@ class WorldModel(nn.Module):
         # predicts a frame that is not in the segment. cross_entropy skips targets of -100.
         targets = tokens.masked_fill(~valid[..., None], -100).flatten(1)[:, 1:]  # (B, T K - 1)
         token_loss = F.cross_entropy(token_logits[:, :-1].flatten(0, 1), targets.flatten())
+        # Signs, since games pay in ones or in thousands, and all are to be learned at one rate.
         if reward_logits.shape[-1] == 3:
             classes = (rewards.sign().long() + 1).masked_fill(~valid, -100)  # (B, T)
             reward_loss = F.cross_entropy(reward_logits.flatten(0, 1), classes.flatten())
@@ -694,14 +701,12 @@ class ActorCritic(nn.Module):
         memory after them. Where `valid` (B, T) is false, on padding, the memory stays empty."""
         features = self.cnn(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])  # (B, T, 1024)
         hidden = []
-        with torch.autocast(frames.device.type, enabled=False):  # bfloat16 has 8 bits: too few here
+        with torch.autocast(frames.device.type, enabled=False):  # bfloat16 has 8 significant bits: too few
             for t in range(frames.shape[1]):
-                h, c = self.lstm(features[:, t].float(), state)
+                state = self.lstm(features[:, t].float(), state)
                 if valid is not None:
-                    h = h * valid[:, t, None]
-                    c = c * valid[:, t, None]
-                state = h, c
-                hidden.append(h)
+                    state = tuple(x * valid[:, t, None] for x in state)
+                hidden.append(state[0])
             hidden = torch.stack(hidden, dim=1)  # (B, T, L)
             return self.actor(hidden), self.critic(hidden)[..., 0], state
 
@@ -718,13 +723,13 @@ class ActorCritic(nn.Module):
         log_chosen = log_policy.gather(-1, dreamt["actions"][..., None])[..., 0]  # (B, H - 1)
         advantage = returns - values[:, :-1]
         # The critic learns the returns of this policy; the policy learns from what exceeded them.
-        value_loss = (weight * advantage.square()).sum()
+        value_loss = (weight * advantage.square()).sum()  # mean squared advantage
         advantage = advantage.detach()
         if args.scale_advantages:
             advantage = advantage / (value_loss.detach().sqrt() + 1e-3)
         # REINFORCE with the value as baseline. If a dream serves for several updates, the later ones
-        # weigh an action by how much likelier it has become, up to a limit (PPO). At the first this
-        # ratio is 1, and its gradient is that of log_chosen; it leaves log_chosen for the later ones.
+        # weigh an action by how much likelier it has become, up to a limit (PPO). In the first update
+        # this ratio is 1, with the gradient of log_chosen, which it stores for the later ones.
         dreamt.setdefault("log_chosen", log_chosen.detach())
         ratio = (log_chosen - dreamt["log_chosen"]).exp()
         gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
@@ -763,10 +768,10 @@ class Agent(nn.Module):
         self.actor_critic = ActorCritic(args, num_actions)
 
     def act(self, frames, h, c, temperature):
-        """Real frames (N, 64, 64, 3), memory, temperature () -> actions (N,), new memory."""
+        """Real frames (N, 64, 64, 3), memory, temperature (a scalar) -> actions (N,), memory."""
         seen = self.tokenizer.decode(self.tokenizer.encode(to_network(frames)))
         logits, _, (h, c) = self.actor_critic(seen[:, None], (h, c))  # it knows no raw frames
-        return sample(logits[:, 0] / temperature.clamp(min=1e-3)), h, c
+        return sample(logits[:, 0] / temperature.clamp(min=1e-3)), h, c  # at 0 the likeliest
 
 
 def sample(logits):
@@ -782,9 +787,9 @@ def imagine(agent, steps, frames, valid, tokens, actions, given=None):
     """Dreams `steps` = H - 1 steps after real ones -> dict of frames (B, H, 3, 64, 64), tokens
     (B, H, K), both beginning with the last real frame; actions, rewards, ends (B, H - 1); state, the
     policy's memory before them."""
-    # What is real is given twice: for the policy as decoded frames (B, T, 3, 64, 64), with valid (B, T)
-    # false on padding; for the world model as tokens (B, n, K) and actions (B, n), of which the last
-    # is not used: the policy chooses its own, unless `given` (B, H - 1) says what to do. In training
+    # The past comes in two forms. The policy gets decoded frames (B, T, 3, 64, 64), with valid (B, T)
+    # false on padding. The world model gets the last n steps as tokens (B, n, K) and actions (B, n), of
+    # which the last is ignored: the policy chooses its own, or `given` (B, H - 1) does. In training
     # n = 1:
     #     padding | real frames, for the policy's memory | the last one | H - 1 dreamt frames
     #      skipped   burn-in                                acts on it     acts on all but the last
@@ -855,13 +860,12 @@ def accelerate(function, args):
 
 
 def autocast(args):
-    """The context of every forward pass: bfloat16 where it is in hardware, else float32."""
+    """The context of training's and of dreams' forward passes: bfloat16 if flagged, else float32."""
     return torch.autocast(args.device, torch.bfloat16, enabled=args.mixed_precision)
 
 
 # ---- 8. Training: collect, then train the three networks, epoch after epoch ----------------------
-TOKENIZER_PIECE = 64  # frames of its batch at a time; fewer need less of a GPU's memory
-MAX_GRADIENT = 10.0  # a longer gradient is shortened to this (appendix A)
+TOKENIZER_PIECE = 64  # frames of its batch at a time; lower it if the GPU's memory runs out
 SHOWN = "real_steps train_return tokenizer_loss token_loss dream_return entropy eval_return".split()
 
 
@@ -875,6 +879,14 @@ def progress(count, label):
             left = (shown - begun) * (count / (i + 1) - 1)
             line = f"{label} {i + 1}/{count}, {left:.0f} s left"
             print(f"\r{line:60}\r", end="", file=sys.stderr, flush=True)
+
+
+def descend(network, optimizer):
+    """A step down the gradient, shortened to 10 if it is longer (appendix A) -> how long it was."""
+    length = nn.utils.clip_grad_norm_(network.parameters(), 10.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return length
 
 
 def means(history):
@@ -913,21 +925,18 @@ def collect(agent, act, game, replay, args):
     return metrics
 
 
-def train_tokenizer(tokenizer, perceptual, optimizer, replay, args):
+def train_tokenizer(tokenizer, optimizer, replay, args, perceptual):
     """An epoch's updates on single frames -> metrics."""
     history = []
     for _ in progress(args.tokenizer_updates, "tokenizer"):
         index, _ = replay.sample(args.tokenizer_batch, 1)
         x = to_network(replay.frames[index[:, 0]])  # (B, 3, 64, 64)
-        optimizer.zero_grad()
         for piece in x.split(TOKENIZER_PIECE):  # the same gradient in less memory
             with autocast(args):
                 loss, metrics = tokenizer.loss(piece, perceptual)
             (loss * len(piece) / len(x)).backward()
-        gradient = nn.utils.clip_grad_norm_(tokenizer.parameters(), MAX_GRADIENT)
-        metrics["tokenizer_gradient"] = gradient
-        optimizer.step()
-        history.append(metrics)
+        metrics["tokenizer_gradient"] = descend(tokenizer, optimizer)
+        history.append(metrics)  # of the last piece, which is as good a sample as any
     replay.tokenized = 0  # its tokens are out of date
     return means(history)
 
@@ -955,17 +964,14 @@ def train_world_model(world_model, optimizer, replay, args):
         segments = [x[index] for x in (replay.tokens, replay.actions, replay.rewards, replay.ends)]
         with autocast(args):
             loss, metrics = world_model.loss(*segments, valid)
-        optimizer.zero_grad()
         loss.backward()
-        gradient = nn.utils.clip_grad_norm_(world_model.parameters(), MAX_GRADIENT)
-        metrics["world_model_gradient"] = gradient
-        optimizer.step()
+        metrics["world_model_gradient"] = descend(world_model, optimizer)
         history.append(metrics)
     world_model.eval()
     return means(history)
 
 
-def train_actor_critic(actor_critic, dreamer, optimizer, replay, args):
+def train_actor_critic(actor_critic, optimizer, replay, args, dreamer):
     """An epoch's updates in dreams -> metrics. dreamer: `imagine`, accelerated."""
     begun = time.time()
     history = []
@@ -979,18 +985,15 @@ def train_actor_critic(actor_critic, dreamer, optimizer, replay, args):
         for _ in range(args.dream_updates):
             with autocast(args):
                 loss, metrics = actor_critic.loss(dreamt, args)
-            optimizer.zero_grad()
             loss.backward()
-            gradient = nn.utils.clip_grad_norm_(actor_critic.parameters(), MAX_GRADIENT)
-            metrics["actor_critic_gradient"] = gradient
-            optimizer.step()
+            metrics["actor_critic_gradient"] = descend(actor_critic, optimizer)
             history.append(metrics)
     frames = args.actor_critic_updates * args.actor_critic_batch * args.horizon
     return dict(dreamt_frames_per_second=frames / (time.time() - begun), **means(history))
 
 
 def make_optimizers(agent, args):
-    """-> dict of an Adam for each network. The paper's rates are all 1e-4."""
+    """-> dict of optimizers: AdamW for the transformer, Adam for the others; the paper's appendix A."""
     # Weight decay pulls on the transformer's matrices, not on embeddings, gains or biases.
     parameters = dict(agent.world_model.named_parameters())
     decayed = [p for name, p in parameters.items() if p.dim() == 2 and "emb" not in name]
@@ -1039,26 +1042,25 @@ def train(args, folder):
             some = torch.randperm(replay.size)[:2048]
             agent.tokenizer.seed_codebook(to_network(replay.frames[some]))
         if args.tokenizer_start <= epoch <= args.tokenizer_stop:
-            optimizer = optimizers["tokenizer"]
-            row |= train_tokenizer(agent.tokenizer, perceptual, optimizer, replay, args)
+            row |= train_tokenizer(agent.tokenizer, optimizers["tokenizer"], replay, args, perceptual)
         # The world model learns the words of this epoch's tokenizer, which is frozen from here on.
         if epoch >= args.world_model_start:
             row |= tokenize_replay(agent.tokenizer, replay, args)
             row |= train_world_model(agent.world_model, optimizers["world_model"], replay, args)
         # The policy learns in dreams only. Real frames do no more than begin them.
         if epoch >= args.actor_critic_start:
-            optimizer = optimizers["actor_critic"]
-            row |= train_actor_critic(agent.actor_critic, dreamer, optimizer, replay, args)
+            row |= train_actor_critic(agent.actor_critic, optimizers["actor_critic"], replay, args, dreamer)
+        # A loss that is not finite has already spoilt the weights: stop before they are saved.
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} in epoch {epoch} is {value}; {folder} is of the epoch before")
         # Nothing below teaches anything: it measures, keeps and shows.
         if epoch % args.eval_every == 0:
             result, recording = evaluate(agent, act, args, args.eval_games)
             write_pictures(agent, args, recording, folder / "media" / f"epoch_{epoch:03d}")
             row |= dict(eval_return=result["mean"], **result["health"])
         row |= dict(real_steps=replay.size, seconds=time.time() - begun)
-        # A loss that is not finite has already spoilt the weights: stop before they are saved.
         for name, value in row.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{name} is not finite in epoch {epoch}; {folder} is of the one before")
             if args.tensorboard:
                 board.add_scalar(name, value, epoch)
         history.append(row)
@@ -1109,7 +1111,7 @@ def play_games(agent, act, args, games, max_steps=math.inf):
         actions = actions.cpu()
         frames, rewards, terminated, truncated, info = env.step(actions.numpy())
         returns += rewards * playing  # a game that is over waits for the others
-        if playing[0] and len(recording) < 1000:
+        if playing[0] and len(recording) < 1000:  # enough for pictures and metrics
             # The end of an episode, as in training: of a life, too.
             end = bool(terminated[0] or 0 < info["lives"][0] < lives)
             recording.append((seen[0], actions[0], torch.tensor(float(rewards[0])), torch.tensor(end)))
@@ -1134,7 +1136,8 @@ def health(agent, recording, T):
     # The world model must beat "each token stays what it was a frame ago".
     tokens = tokens.unflatten(0, (count, T))
     logits, reward, _ = agent.world_model.predict(tokens, actions.unflatten(0, (count, T)))
-    logits = logits[:, tokens.shape[2] - 1 : -1].flatten(0, 1)  # about the frames 1 .. T - 1
+    # Prediction i is about token i + 1, so that K - 1 is the first about frame 1.
+    logits = logits[:, tokens.shape[2] - 1 : -1].flatten(0, 1)
     targets = tokens[:, 1:].flatten()
     metrics["token_accuracy"] = (logits.argmax(1) == targets).float().mean()
     metrics["copy_accuracy"] = (tokens[:, :-1].flatten() == targets).float().mean()
@@ -1151,9 +1154,8 @@ def evaluate(agent, act, args, games):
     """Whole games -> a result, for eval.json, and what the first game showed."""
     returns, recording = play_games(agent, act, args, games)
     result = dict(game=args.game, seed=args.seed, temperature=args.eval_temperature)
-    result["mean"] = float(returns.mean())
-    result["interval"] = float(1.96 * returns.std() / math.sqrt(max(games - 1, 1)))
-    result["returns"] = returns.tolist()
+    interval = 1.96 * returns.std() / math.sqrt(max(games - 1, 1))
+    result |= dict(mean=float(returns.mean()), interval=float(interval), returns=returns.tolist())
     result["health"] = health(agent, recording, min(args.sequence_length, len(recording[0])))
     return result, recording
 
@@ -1201,8 +1203,9 @@ FRAME_BYTES = 64 * 64 * 3
 
 def save_run(folder, args, history, agent, optimizers, game, replay):
     """Writes all that the next epoch needs; for people, metrics.csv and config.json."""
-    # New frames go to the end of a file of their own: 2.5 MB an epoch, where a checkpoint with all of
-    # them would be 1.2 GB. What an epoch wrote that was killed before its checkpoint is cut off.
+    # New frames go to the end of a file of their own: 2.5 MB in the paper's epoch, where a checkpoint with all of
+    # them would be 1.2 GB. What an epoch appended that was killed
+    # before its checkpoint is cut off here.
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "frames.bin", "ab") as file:
         file.truncate(replay.saved * FRAME_BYTES)
@@ -1349,7 +1352,7 @@ def write_pictures(agent, args, recording, folder):
 
     # The film: real beside dreamt; the dream begins again from real frames every half of T.
     images = []
-    for first in range(0, min(len(frames), 200) - T + 1, T - known):
+    for first in range(0, min(len(frames) - T, 200) + 1, T - known):
         dreamt = dream_on(first, True)
         for i in range(known, T):
             images.append(draw_row([frames[first + i].cpu().numpy(), dreamt[i]], ["real", "dreamt"]))

@@ -482,7 +482,7 @@ def test_no_update_waits_for_the_device(name, hub, monkeypatch):
     helpers["actor_critic"] = [iris.accelerate(dreamer, args)]
     train = getattr(iris, f"train_{name}")
     with pytest.raises(RuntimeError, match="meta"):
-        train(getattr(agent, name), *helpers[name], optimizer, replay, args)
+        train(getattr(agent, name), optimizer, replay, args, *helpers[name])
     assert len(updates) == (3 * args.dream_updates if name == "actor_critic" else 3)
 
 
@@ -1531,7 +1531,7 @@ def benchmark(*flags):
 
     def train(name, *inputs):
         work = getattr(iris, f"train_{name}")
-        return partial(work, getattr(agent, name), *inputs, optimizers[name], replay, args)
+        return partial(work, getattr(agent, name), optimizers[name], replay, args, *inputs)
 
     def seconds(work):
         times = []
