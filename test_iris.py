@@ -38,6 +38,7 @@ from ale_py import roms
 import iris
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # networks this small gain nothing from threads
 # Networks that compute in a millisecond.
 TINY = """--preset small --env PongNoFrameskip-v4 --device cpu --no-mixed-precision --layers 1 --width 32
@@ -1454,7 +1455,7 @@ def kills(count):
         process = subprocess.Popen(command(*start), stdout=subprocess.DEVNULL)
         while not list(killed.glob("*/checkpoint.pt")):  # without one there is nothing to resume
             time.sleep(0.02)
-        time.sleep(random.uniform(2, 6))
+        time.sleep(random.uniform(3, 15))
         process.kill()
         process.wait()
         start = ["--resume", next(killed.iterdir())]
@@ -1507,13 +1508,13 @@ def plain_updates(agent, optimizers, replay, args):
 def benchmark(*flags):
     """--benchmark [iris.py's flags]: each phase of an epoch, ours beside a plain one."""
     args = iris.parse_args([*flags, "--no-perceptual-loss"])
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # the tests want one
+    torch.set_num_threads(THREADS)
     args.tokenizer_updates = args.world_model_updates = args.actor_critic_updates = 1
-    args.collect_epochs, args.collect_steps = 100, 20
+    replay = iris.Replay(args)  # as large as training's, for the peak of memory
+    args.collect_steps = 20
     game = iris.Game(args.env, 0)
     agent = iris.Agent(args, game.num_actions).to(args.device).eval()
     optimizers = iris.make_optimizers(agent, args)
-    replay = iris.Replay(args)
     act = iris.accelerate(agent.act, args)
     dreamer = iris.accelerate(partial(iris.imagine, agent, args.horizon - 1), args)
     collect = partial(iris.collect, agent, act, game, replay, args)
@@ -1550,7 +1551,7 @@ def benchmark(*flags):
         "world_model": (train("world_model"), 1),
         "dream": (imagine, 1),
         "actor_critic": (train("actor_critic", dreamer), 1),
-        "evaluation": (partial(iris.play_games, agent, act, args, 1, max_steps=20), 20),
+        "evaluation": (partial(iris.play_games, agent, act, args, 1, max_steps=100), 100),
     }
     plain = plain_updates(agent, optimizers, replay, args)
     print(f"{args.game}, {args.preset} preset, {args.device}, {torch.get_num_threads()} threads")
