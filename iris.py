@@ -53,16 +53,15 @@ import torch.nn.functional as F
 # ---- 1. Flags: every number of the paper in one place --------------------------------------------
 # The defaults are the paper's; where its text and the authors' code differ, the code's. The small
 # preset is the same idea for a machine without a GPU: smaller networks, tokens that are local
-# (section 4), dreams that serve for several updates (section 6), a shorter schedule. It is no more
-# than these flags, put before yours.
+# (section 4), a shorter schedule. It is these flags, put before yours, and other first weights.
 SMALL = """
-    --epochs 10 --collect-epochs 10 --collect-steps 2000 --eval-every 5 --eval-games 4 --final-games 30
-    --tokenizer-start 1 --tokenizer-stop 1 --world-model-start 1 --actor-critic-start 2
-    --tokenizer-updates 100 --world-model-updates 150 --actor-critic-updates 30 --dream-updates 4
-    --tokenizer-batch 64 --world-model-batch 32 --world-model-lr 1e-3 --actor-critic-lr 5e-4
-    --local-tokens --vocab-size 1024 --no-perceptual-loss --reconstruction-loss l2
-    --sequence-length 10 --layers 4 --width 128 --dropout 0 --policy-size 32 --lstm-size 256
-    --burn-in 4 --horizon 10 --gamma 0.97 --entropy-coef 0.01 --scale-advantages --no-mixed-precision
+    --epochs 10 --collect-epochs 10 --collect-steps 4000 --eval-every 5 --eval-games 4 --final-games 30
+    --tokenizer-start 1 --world-model-start 1 --actor-critic-start 4
+    --tokenizer-updates 20 --world-model-updates 400 --actor-critic-updates 40
+    --tokenizer-batch 64 --world-model-batch 8 --world-model-lr 1e-3 --actor-critic-lr 1e-3
+    --local-tokens --no-perceptual-loss --reconstruction-loss l2
+    --sequence-length 12 --layers 2 --width 128 --dropout 0 --policy-size 32 --lstm-size 256
+    --burn-in 4 --context 3 --horizon 10 --gamma 0.97 --entropy-coef 0.002 --no-mixed-precision
 """
 # From a run to its continuation.
 MAY_CHANGE = ("epochs", "device", "mixed_precision", "final_games", "tensorboard")
@@ -110,7 +109,6 @@ def make_parser():
     add_argument("--collect-epochs", 500, "epochs that collect real steps")
     add_argument("--collect-steps", 200, "real steps of each: 500 x 200 is Atari 100k")
     add_argument("--tokenizer-start", 6, "first epoch that trains the tokenizer")
-    add_argument("--tokenizer-stop", 1_000_000, "last epoch that trains it")
     add_argument("--world-model-start", 26, "first epoch that trains the world model")
     add_argument("--actor-critic-start", 51, "first epoch that trains the policy")
     add_argument("--tokenizer-updates", 200, "updates an epoch")
@@ -144,9 +142,8 @@ def make_parser():
     add_argument("--lstm-size", 512, "L: size of the policy's memory")
     # Dreams, and what the policy makes of them.
     add_argument("--burn-in", 20, "real frames that fill the policy's memory")
-    add_argument("--horizon", 20, "H: frames of a dream, at most T")
-    add_argument("--dream-updates", 1, "updates on the same dreams")
-    add_argument("--scale-advantages", False, "divide advantages by their root mean square")
+    add_argument("--context", 1, "real frames that the world model knows before a dream")
+    add_argument("--horizon", 20, "H: frames of a dream")
     add_argument("--gamma", 0.995, "discount: how far the policy looks ahead")
     add_argument("--td-lambda", 0.95, "of the returns; 0: one step, 1: the whole dream")
     add_argument("--entropy-coef", 0.001, "how much the policy is to stay undecided")
@@ -195,8 +192,10 @@ def parse_args(argv=None):
             raise InputError(f"{flag} is {saved[name]} in {run}, which goes on as it began")
     if not args.tokenizer_start <= args.world_model_start <= args.actor_critic_start:
         raise InputError("--tokenizer-start <= --world-model-start <= --actor-critic-start: each needs the one before")
-    if not 2 <= args.horizon <= args.sequence_length or args.width % 4 or args.seed >= 2**31:
-        raise InputError("2 <= --horizon <= --sequence-length; --width: 4 heads; --seed: below 2**31")
+    if not 1 < args.horizon <= args.sequence_length + 1 - args.context or args.context > args.burn_in:
+        raise InputError("--horizon: 2 to --sequence-length + 1 - --context; --context: at most --burn-in")
+    if args.width % 4 or args.seed >= 2**31:
+        raise InputError("--width must be a multiple of the 4 heads, --seed below 2**31")
     return args
 
 
@@ -295,7 +294,6 @@ class Replay:
         self.tokens = zeros(n, args.tokens_per_frame)
         self.reconstructions = zeros(n, 3, 64, 64, dtype=precision)
         self.size = self.episodes = 0
-        self.tokenized = 0  # so many steps, from the first, have tokens that are up to date
         self.saved = 0  # so many frames are on disk
 
     def add(self, frame, action, reward, end, opens):
@@ -429,15 +427,11 @@ class Tokenizer(nn.Module):
         if args.local_tokens:
             # The small preset's. If every token describes the whole screen, the codes run out in
             # combinations of paddles and scores, and the ball is the first thing to go. Here a token
-            # sees and draws one square. Both halves start as the identity: a latent is the pixels of
-            # its square, a code a little picture.
+            # sees and draws one square: a latent is its pixels, a code is a little picture.
             side = 64 // self.grid
             E = 3 * side * side
-            self.encoder = nn.Sequential(nn.PixelUnshuffle(side), nn.Conv2d(E, E, 1))
-            self.decoder = nn.Sequential(nn.Conv2d(E, E, 1), nn.PixelShuffle(side))
-            for conv in (self.encoder[1], self.decoder[0]):
-                nn.init.dirac_(conv.weight)
-                nn.init.zeros_(conv.bias)
+            self.encoder = nn.PixelUnshuffle(side)  # (N, 3, 64, 64) -> (N, E, g, g)
+            self.decoder = nn.PixelShuffle(side)  # and back
         else:  # the paper's, a VQGAN without its GAN: every token sees the whole frame
             E = 512
             sizes = [size for size in (64, 32, 16, 8, 4) if size >= self.grid]
@@ -487,18 +481,22 @@ class Tokenizer(nn.Module):
         return loss, dict(tokenizer_loss=loss, reconstruction=reconstruction, commitment=commitment)
 
     @torch.no_grad()
-    def seed_codebook(self, x):
-        """First codes of local tokens: squares of frames x (N, 3, 64, 64), each unlike the others."""
+    def revive_codes(self, x):
+        """For local tokens: gives the codes that frames x (N, 3, 64, 64) do not use another square."""
         latents = self.encoder(x).flatten(2).transpose(1, 2).flatten(0, 1)  # (N K, E)
-        # Most squares are background, which has its codes soon. Next codes are squares picked with
-        # probability proportional to their squared distance from the nearest code so far (k-means++),
-        # so that what has no code yet gets one: the ball in yet another place.
-        distance = torch.full((len(latents),), 1e6, device=x.device)
-        for codes in self.codebook.weight.split(16):
-            # 1e-9: where all distances are zero there must still be something to pick
-            picked = latents[torch.multinomial(distance + 1e-9, len(codes))]  # (16, E)
-            codes.copy_(picked)
-            distance = distance.minimum(torch.cdist(latents, picked).square().min(dim=1).values)
+        codes = self.codebook.weight
+        distance, tokens = torch.cdist(latents, codes).square().min(dim=1)  # each (N K,)
+        unused = (tokens.bincount(minlength=len(codes)) == 0).nonzero().flatten()
+        # Most squares are background, which has its code. So a square is picked with probability
+        # proportional to its squared distance from the nearest code so far (k-means++), and what has
+        # no code yet gets one: the ball in yet another place.
+        for i in range(0, len(unused), 16):
+            part = unused[i : i + 16]
+            picked = torch.multinomial(distance + 1e-9, len(part))  # 1e-9: something must be picked,
+            new = distance[picked] > 0.01  # but no square that has its code (the rest is rounding)
+            codes[part[new]] = latents[picked[new]]
+            gap = torch.cdist(latents, codes[part]).square().min(dim=1).values
+            distance = distance.minimum(gap)
 
 
 VGG_STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # torchvision's numbers
@@ -611,11 +609,20 @@ class WorldModel(nn.Module):
         self.head_token = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, V))
         self.head_reward = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, rewards))
         self.head_end = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 2))
+        std = 0.02
+        if args.preset == "small":
+            std = 0.08
         for name, parameter in self.named_parameters():
             if "ln" not in name:  # LayerNorms begin as the identity
-                nn.init.normal_(parameter, 0.0, 0.02)
+                nn.init.normal_(parameter, 0.0, std)
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
+        if args.preset == "small":
+            # A place begins as step + place in the step, so that what is learned of one step serves in
+            # all of them at once: in the minutes of the small preset, several times as fast.
+            steps = std * torch.randn(args.sequence_length, 1, D)
+            places = std * torch.randn(K + 1, D)
+            self.pos_emb.weight.data.copy_((steps + places).flatten(0, 1))
 
     def embed(self, tokens, actions):
         """Tokens (B, T, K), actions (B, T) -> (B, S, D): a step's frame tokens, then its action."""
@@ -722,18 +729,10 @@ class ActorCritic(nn.Module):
         log_policy = logits[:, :-1].log_softmax(-1)  # the last frame has a value, no action
         log_chosen = log_policy.gather(-1, dreamt["actions"][..., None])[..., 0]  # (B, H - 1)
         advantage = returns - values[:, :-1]
-        # The critic learns the returns of this policy; the policy learns from what exceeded them.
-        value_loss = (weight * advantage.square()).sum()  # mean squared advantage
-        advantage = advantage.detach()
-        if args.scale_advantages:
-            advantage = advantage / (value_loss.detach().sqrt() + 1e-3)
-        # REINFORCE with the value as baseline. If a dream serves for several updates, the later ones
-        # weigh an action by how much likelier it has become, up to a limit (PPO). In the first update
-        # this ratio is 1, with the gradient of log_chosen, which it stores for the later ones.
-        dreamt.setdefault("log_chosen", log_chosen.detach())
-        ratio = (log_chosen - dreamt["log_chosen"]).exp()
-        gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-        policy_loss = -(weight * gain).sum()
+        # The critic learns the returns of this policy. The policy learns from what exceeded them:
+        # REINFORCE with the value as baseline.
+        value_loss = (weight * advantage.square()).sum()
+        policy_loss = -(weight * log_chosen * advantage.detach()).sum()
         # Entropy keeps the policy from settling on an action before it has tried the others.
         entropy = -(weight[..., None] * log_policy.exp() * log_policy).sum()
         loss = policy_loss + value_loss - args.entropy_coef * entropy
@@ -927,6 +926,9 @@ def collect(agent, act, game, replay, args):
 
 def train_tokenizer(tokenizer, optimizer, replay, args, perceptual):
     """An epoch's updates on single frames -> metrics."""
+    if args.local_tokens:
+        some = torch.randperm(replay.size)[:2048]
+        tokenizer.revive_codes(to_network(replay.frames[some]))
     history = []
     for _ in progress(args.tokenizer_updates, "tokenizer"):
         index, _ = replay.sample(args.tokenizer_batch, 1)
@@ -937,20 +939,17 @@ def train_tokenizer(tokenizer, optimizer, replay, args, perceptual):
             (loss * len(piece) / len(x)).backward()
         metrics["tokenizer_gradient"] = descend(tokenizer, optimizer)
         history.append(metrics)  # of the last piece, which is as good a sample as any
-    replay.tokenized = 0  # its tokens are out of date
     return means(history)
 
 
 @torch.no_grad()
 def tokenize_replay(tokenizer, replay, args):
     """What the next two phases need of the tokenizer, which does not change meanwhile -> metrics."""
-    first = replay.tokenized // CHUNK  # the chunks before it are whole, and up to date
-    for i in progress(-(-replay.size // CHUNK) - first, "tokens"):
-        part = slice((first + i) * CHUNK, (first + i + 1) * CHUNK)
+    for i in progress(math.ceil(replay.size / CHUNK), "tokens"):
+        part = slice(i * CHUNK, (i + 1) * CHUNK)
         with autocast(args):
             replay.tokens[part] = tokenizer.encode(to_network(replay.frames[part]))
             replay.reconstructions[part] = tokenizer.decode(replay.tokens[part])
-    replay.tokenized = replay.size
     return dict(codes_in_use=len(replay.tokens[: replay.size].unique()))
 
 
@@ -978,16 +977,13 @@ def train_actor_critic(actor_critic, optimizer, replay, args, dreamer):
     for _ in progress(args.actor_critic_updates, "actor-critic"):
         # Dreams begin all over the replay: the policy practises wherever it has ever been.
         index, valid = replay.sample(args.actor_critic_batch, args.burn_in + 1, "last")
-        last = index[:, -1:]  # the world model knows one real frame
+        last = index[:, -args.context :]  # what the world model knows
         dreamt = dreamer(replay.reconstructions[index], valid, replay.tokens[last], replay.actions[last])
-        # Dreaming costs far more than learning from a dream, so that without a GPU it pays to use each
-        # several times. The paper uses it once.
-        for _ in range(args.dream_updates):
-            with autocast(args):
-                loss, metrics = actor_critic.loss(dreamt, args)
-            loss.backward()
-            metrics["actor_critic_gradient"] = descend(actor_critic, optimizer)
-            history.append(metrics)
+        with autocast(args):
+            loss, metrics = actor_critic.loss(dreamt, args)
+        loss.backward()
+        metrics["actor_critic_gradient"] = descend(actor_critic, optimizer)
+        history.append(metrics)
     frames = args.actor_critic_updates * args.actor_critic_batch * args.horizon
     return dict(dreamt_frames_per_second=frames / (time.time() - begun), **means(history))
 
@@ -1038,10 +1034,7 @@ def train(args, folder):
         # after the other: first there must be words, then a language, then dreams worth learning from.
         if epoch <= args.collect_epochs:
             row |= collect(agent, act, game, replay, args)
-        if epoch == args.tokenizer_start and args.local_tokens:
-            some = torch.randperm(replay.size)[:2048]
-            agent.tokenizer.seed_codebook(to_network(replay.frames[some]))
-        if args.tokenizer_start <= epoch <= args.tokenizer_stop:
+        if epoch >= args.tokenizer_start:
             row |= train_tokenizer(agent.tokenizer, optimizers["tokenizer"], replay, args, perceptual)
         # The world model learns the words of this epoch's tokenizer, which is frozen from here on.
         if epoch >= args.world_model_start:
