@@ -103,8 +103,8 @@ def make_parser():
     add_argument("--mixed-precision", True, "bfloat16: fast on GPUs from Ampere on, CPUs with AMX")
     add_argument("--torch-deterministic", False, "repeatable on a GPU too, but slower")
     add_argument("--tensorboard", False, "write events for TensorBoard as well")
-    # The schedule: an epoch collects real steps, then trains each network for some updates. A network
-    # that starts too early learns from another that knows nothing yet.
+    # The schedule: an epoch collects real steps, then trains each network for some updates. A
+    # network that starts too early learns from another that knows nothing yet.
     add_argument("--epochs", 600, "epochs of the run")
     add_argument("--collect-epochs", 500, "epochs that collect real steps")
     add_argument("--collect-steps", 200, "real steps of each: 500 x 200 is Atari 100k")
@@ -203,10 +203,11 @@ def parse_args(argv=None):
 def make_env(env_id, num_envs=1, training=True):
     """-> a gymnasium VectorEnv: frames (num_envs, 1, h, w, 3) uint8 RGB, discrete actions, ends as
     `terminations`, info["lives"], info["episode_frame_number"]. For your own game, change this."""
-    # ale-py's does all of it in C++. An action is held for 4 raw frames; the maximum of the last two
-    # is seen, since Atari draws some things in every other frame. In training a lost life ends the
-    # episode without restarting the game; games begin with up to 30 no-ops and last up to 20,000 raw
-    # frames. In evaluation: none, and 108,000. The other defaults are for other protocols.
+    # ale-py's does all of it in C++. An action is held for 4 raw frames; the maximum of the last
+    # two is seen, since Atari draws some things in every other frame. In training a lost life ends
+    # the episode without restarting the game; games begin with up to 30 no-ops and last up to
+    # 20,000 raw frames. In evaluation: none, and 108,000. The other defaults are for other
+    # protocols.
     try:
         height, width, _ = gym.make(env_id).observation_space.shape
         seen = dict(img_height=height, img_width=width, grayscale=False, stack_num=1, frameskip=4)
@@ -221,7 +222,8 @@ def make_env(env_id, num_envs=1, training=True):
 
 def resize(frames):
     """Frames (N, 1, h, w, 3) uint8 in numpy, of any size -> (N, 64, 64, 3) uint8 in torch."""
-    # Antialiased: every raw pixel counts, so that a ball of a few pixels does not vanish.
+    # Antialiased: every raw pixel counts, so that a ball of a few pixels does not vanish between
+    # two samples. The authors do the same, and their checkpoints expect it.
     frames = torch.from_numpy(frames[:, 0]).movedim(-1, 1)
     frames = F.interpolate(frames, (64, 64), mode="bilinear", antialias=True)
     return frames.movedim(1, -1).contiguous()
@@ -230,9 +232,9 @@ def resize(frames):
 class Game:
     """Real games, one after another, across epochs and across restarts of the program."""
 
-    # Game number n is seeded with seed + n, and the emulator has no other randomness. So (n, actions
-    # since its start) *is* its state: a checkpoint holds just that, and playing the actions again
-    # restores the emulator exactly.
+    # Game number n is seeded with seed + n, and the emulator has no other randomness. So (n,
+    # actions since its start) *is* its state: a checkpoint holds just that, and playing the actions
+    # again restores the emulator exactly.
     def __init__(self, env_id, seed):
         self.env = make_env(env_id)
         self.seed = seed
@@ -279,8 +281,8 @@ class Replay:
     """All real steps, on the device: 100,000 are 1.2 GB of frames, 2.5 (bfloat16) of reconstructions."""
 
     # Step i is a frame, the action taken on seeing it, the reward that followed, and whether a life
-    # or the game ended. `tokens` and `reconstructions` are what the tokenizer makes of the frames. It
-    # is frozen while the other two learn, so this is computed once an epoch, where a plain loop
+    # or the game ended. `tokens` and `reconstructions` are what the tokenizer makes of the frames.
+    # It is frozen while the other two learn, so this is computed once an epoch, where a plain loop
     # encodes the frames of every batch again.
     def __init__(self, args):
         n = args.collect_epochs * args.collect_steps + CHUNK
@@ -346,6 +348,7 @@ class GroupNorm(nn.GroupNorm):
 class ResBlock(nn.Module):
     """Two normalised 3x3 convolutions beside the identity; (N, C, h, w) -> the same."""
 
+    # The identity lets gradients through unchanged, so that twenty such blocks can be stacked.
     def __init__(self, channels):
         super().__init__()
         self.norm1 = GroupNorm(32, channels)
@@ -361,6 +364,7 @@ class ResBlock(nn.Module):
 class SpatialAttention(nn.Module):
     """Single-head self-attention between the h x w places; (N, C, h, w) -> the same."""
 
+    # Convolutions look at neighbours. Two paddles at opposite edges meet only here.
     def __init__(self, channels):
         super().__init__()
         self.norm = GroupNorm(32, channels)
@@ -426,8 +430,8 @@ class Tokenizer(nn.Module):
         self.reconstruction_loss = F.l1_loss if args.reconstruction_loss == "l1" else F.mse_loss
         if args.local_tokens:
             # The small preset's. If every token describes the whole screen, the codes run out in
-            # combinations of paddles and scores, and the ball is the first thing to go. Here a token
-            # sees and draws one square: a latent is its pixels, a code is a little picture.
+            # combinations of paddles and scores, and the ball is the first thing to go. Here a
+            # token sees and draws one square: a latent is its pixels, a code is a little picture.
             side = 64 // self.grid
             E = 3 * side * side
             self.encoder = nn.PixelUnshuffle(side)  # (N, 3, 64, 64) -> (N, E, g, g)
@@ -469,6 +473,7 @@ class Tokenizer(nn.Module):
         # sg stops the gradient.
         z = self.encoder(x)  # (N, E, g, g)
         z_q = self.embed(self.quantize(z))
+        # argmin has no gradient, and without one the encoder would learn nothing of the picture.
         # Straight through: the value is z_q, the gradient passes to z as if nothing were rounded.
         x_hat = self.decoder(z + (z_q - z).detach())
         # L1 forgives a pixel that is far off, L2 does not: a lost ball costs more.
@@ -488,8 +493,8 @@ class Tokenizer(nn.Module):
         distance, tokens = torch.cdist(latents, codes).square().min(dim=1)  # each (N K,)
         unused = (tokens.bincount(minlength=len(codes)) == 0).nonzero().flatten()
         # Most squares are background, which has its code. So a square is picked with probability
-        # proportional to its squared distance from the nearest code so far (k-means++), and what has
-        # no code yet gets one: the ball in yet another place.
+        # proportional to its squared distance from the nearest code so far (k-means++), and what
+        # has no code yet gets one: the ball in yet another place.
         for i in range(0, len(unused), 16):
             part = unused[i : i + 16]
             picked = torch.multinomial(distance + 1e-9, len(part))  # 1e-9: something must be picked,
@@ -578,8 +583,8 @@ class Block(nn.Module):
         if cache is not None:
             cache[:, :, :, start : start + S] = qkv[1:]
             k, v = cache[:, :, :, : start + S]  # each (B, nh, start + S, hs)
-        # Row i of x sees the columns 0 .. start + i. Without a past that is plain causality, a single
-        # new position sees everything, and only several new ones after a past need a mask.
+        # Row i of x sees the columns 0 .. start + i. Without a past that is plain causality, a
+        # single new position sees everything, and only several new ones after a past need a mask.
         mask = None
         if start > 0 and S > 1:
             mask = torch.ones(S, start + S, dtype=torch.bool, device=x.device).tril(start)
@@ -609,17 +614,17 @@ class WorldModel(nn.Module):
         self.head_token = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, V))
         self.head_reward = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, rewards))
         self.head_end = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 2))
-        std = 0.02
-        if args.preset == "small":
-            std = 0.08
+        # GPT's 0.02 leaves a narrow network nearly silent at first. The small preset has no time
+        # for it.
+        std = 0.08 if args.preset == "small" else 0.02
         for name, parameter in self.named_parameters():
             if "ln" not in name:  # LayerNorms begin as the identity
                 nn.init.normal_(parameter, 0.0, std)
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
         if args.preset == "small":
-            # A place begins as step + place in the step, so that what is learned of one step serves in
-            # all of them at once: in the minutes of the small preset, several times as fast.
+            # A place begins as step + place in the step, so that what is learned of one step serves
+            # in all of them at once: in the minutes of the small preset, several times as fast.
             steps = std * torch.randn(args.sequence_length, 1, D)
             places = std * torch.randn(K + 1, D)
             self.pos_emb.weight.data.copy_((steps + places).flatten(0, 1))
@@ -678,7 +683,8 @@ class ActorCritic(nn.Module):
 
     def __init__(self, args, num_actions):
         super().__init__()
-        # A small eye: four times a convolution and half the resolution. 64 pixels: no pooling before.
+        # A small eye: four times a convolution and half the resolution. 64 pixels: no pooling
+        # before.
         layers = [nn.AvgPool2d(64 // args.policy_size)]
         channels = 3
         for width in (32, 32, 64, 64):
@@ -690,8 +696,8 @@ class ActorCritic(nn.Module):
         self.actor = nn.Linear(args.lstm_size, num_actions)
         self.critic = nn.Linear(args.lstm_size, 1)
         if args.preset == "small":
-            # torch's own weights let through 1 to 3 % of what differs between frames: a nearly blind
-            # start, for which a short schedule has no time.
+            # torch's own weights let through 1 to 3 % of what differs between frames: a nearly
+            # blind start, for which a short schedule has no time.
             for name, parameter in self.cnn.named_parameters():
                 if name.endswith("weight"):
                     nn.init.orthogonal_(parameter, math.sqrt(2))
@@ -719,7 +725,8 @@ class ActorCritic(nn.Module):
 
     def loss(self, dreamt, args):
         """A dream, as `imagine` returns it -> loss, metrics; appendix B."""
-        # The dream was played without gradient; this pass over its frames has it.
+        # The dream was played without gradient; this pass over its frames has it. Its actions were
+        # sampled from this very policy, so that their log-probabilities are its own.
         logits, values, _ = self(dreamt["frames"], dreamt["state"])  # (B, H, A), (B, H)
         rewards, ends = dreamt["rewards"], dreamt["ends"]  # (B, H - 1)
         returns = lambda_returns(rewards, values.detach(), ends, args.gamma, args.td_lambda)
@@ -768,8 +775,10 @@ class Agent(nn.Module):
 
     def act(self, frames, h, c, temperature):
         """Real frames (N, 64, 64, 3), memory, temperature (a scalar) -> actions (N,), memory."""
+        # The policy grew up in dreams. So that reality looks the same, it is decoded from tokens,
+        # too.
         seen = self.tokenizer.decode(self.tokenizer.encode(to_network(frames)))
-        logits, _, (h, c) = self.actor_critic(seen[:, None], (h, c))  # it knows no raw frames
+        logits, _, (h, c) = self.actor_critic(seen[:, None], (h, c))
         return sample(logits[:, 0] / temperature.clamp(min=1e-3)), h, c  # at 0 the likeliest
 
 
@@ -799,8 +808,8 @@ def imagine(agent, steps, frames, valid, tokens, actions, given=None):
     lists = dict(frames=[frame], tokens=[tokens[:, -1]], actions=[], rewards=[], ends=[])
     start = state
     # Keys and values of the past are cached, so that a new position costs one position. A frame's
-    # last token predicts nothing and waits for the action; the two go in together, so that the K + 1
-    # positions of a step cost K passes.
+    # last token predicts nothing and waits for the action; the two go in together, so that the K +
+    # 1 positions of a step cost K passes.
     embedded = world_model.embed(tokens, actions)[:, :-1]
     pending = embedded[:, -1]
     positions, D = world_model.pos_emb.weight.shape
@@ -817,7 +826,8 @@ def imagine(agent, steps, frames, valid, tokens, actions, given=None):
         position += 2
         reward = world_model.head_reward(h).float()  # (B, 3): logits of the signs; or (B, 1): mse
         reward = sample(reward) - 1.0 if reward.shape[1] == 3 else reward[:, 0]
-        end = sample(world_model.head_end(h)).float()
+        end = sample(world_model.head_end(h)).float()  # the loss leaves out what follows an end
+        # The action's position predicts the first token, each token the next one.
         frame_tokens = [sample(world_model.head_token(h))]
         pending = world_model.token_embedding(frame_tokens[-1])
         for _ in range(world_model.tokens_per_frame - 1):
@@ -839,8 +849,8 @@ def accelerate(function, args):
     """Wraps a function of tensors: no gradient, mixed precision, on a GPU a graph for each shape."""
 
     # A dream is tens of thousands of tiny kernels, each quicker to run than to launch. A CUDA graph
-    # records them once and replays them in one go. Graphs live as long as the run; a call overwrites
-    # the outputs of the one before, which no caller still needs.
+    # records them once and replays them in one go. Graphs live as long as the run; a call
+    # overwrites the outputs of the one before, which no caller still needs.
     def run(*inputs):
         # Autocast inside: its casts of the weights must be recorded, since the weights will change.
         with torch.no_grad(), autocast(args):
@@ -926,7 +936,7 @@ def collect(agent, act, game, replay, args):
 
 def train_tokenizer(tokenizer, optimizer, replay, args, perceptual):
     """An epoch's updates on single frames -> metrics."""
-    if args.local_tokens:
+    if args.local_tokens:  # in place of hundreds of updates, and better: the codes are real squares
         some = torch.randperm(replay.size)[:2048]
         tokenizer.revive_codes(to_network(replay.frames[some]))
     history = []
@@ -990,7 +1000,8 @@ def train_actor_critic(actor_critic, optimizer, replay, args, dreamer):
 
 def make_optimizers(agent, args):
     """-> dict of optimizers: AdamW for the transformer, Adam for the others; the paper's appendix A."""
-    # Weight decay pulls on the transformer's matrices, not on embeddings, gains or biases.
+    # Weight decay pulls on the transformer's matrices. Embeddings, gains and biases must keep their
+    # size: a word that is rare would otherwise fade between two uses.
     parameters = dict(agent.world_model.named_parameters())
     decayed = [p for name, p in parameters.items() if p.dim() == 2 and "emb" not in name]
     others = [p for name, p in parameters.items() if p.dim() == 1 or "emb" in name]
@@ -1027,11 +1038,13 @@ def train(args, folder):
     print(f"{folder}: {args.preset} preset on {args.device}, {precision}, {sizes} parameters", flush=True)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
-        torch.manual_seed(args.seed * 100_000 + epoch)  # so a resumed run needs no generator's state
+        # Every epoch has a seed of its own, so that a resumed run needs no generator's state.
+        torch.manual_seed(args.seed * 100_000 + epoch)
         begun = time.time()
         row = dict(epoch=epoch)
-        # The phases of an epoch. Each network needs what the one before has learned, so they start one
-        # after the other: first there must be words, then a language, then dreams worth learning from.
+        # The phases of an epoch. Each network needs what the one before has learned, so they start
+        # one after the other: first there must be words, then a language, then dreams worth
+        # learning from.
         if epoch <= args.collect_epochs:
             row |= collect(agent, act, game, replay, args)
         if epoch >= args.tokenizer_start:
@@ -1086,7 +1099,8 @@ def play_games(agent, act, args, games, max_steps=math.inf):
     """Plays whole games side by side -> returns (games,), and frames, actions, rewards, ends of the
     first game, 1000 steps at most. max_steps: stop after so many."""
     # Side by side, so that the networks see one batch a step. All start at once, and the evaluation
-    # ends when the longest game does: to stop earlier would count short games more often.
+    # ends when the longest game does: to stop after so many games would favour short ones, which
+    # are the lost ones.
     env = make_env(args.env, games, training=False)
     first_seed = args.seed * 100_000 + 50_000  # not training's games
     frames, info = env.reset(seed=(first_seed + np.arange(games)) % 2**31)
@@ -1160,6 +1174,7 @@ def summary(result):
     found = re.search(rf"\b{result['game']} (\S+) (\S+) (\S+)", SCORES)
     if found is None:
         return line
+    # Scores of games are made comparable on a scale where 0 is random play and 1 a human.
     random, human, iris = (float(score) for score in found.groups())
     normalised = (result["mean"] - random) / (human - random)
     return f"{line}; random {random}, human {human}, IRIS {iris}; normalised {normalised:.3f}"
@@ -1196,9 +1211,9 @@ FRAME_BYTES = 64 * 64 * 3
 
 def save_run(folder, args, history, agent, optimizers, game, replay):
     """Writes all that the next epoch needs; for people, metrics.csv and config.json."""
-    # New frames go to the end of a file of their own: 2.5 MB in the paper's epoch, where a checkpoint with all of
-    # them would be 1.2 GB. What an epoch appended that was killed
-    # before its checkpoint is cut off here.
+    # New frames go to the end of a file of their own: 2.5 MB in the paper's epoch, where a
+    # checkpoint with all of them would be 1.2 GB. What an epoch appended that was killed before its
+    # checkpoint is cut off here.
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "frames.bin", "ab") as file:
         file.truncate(replay.saved * FRAME_BYTES)
@@ -1211,12 +1226,13 @@ def save_run(folder, args, history, agent, optimizers, game, replay):
     state["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
     state["columns"] = {name: getattr(replay, name)[: replay.size].clone() for name in SAVED_COLUMNS}
     state["episodes"] = replay.episodes
-    state["game"] = game.number, game.actions
+    state["game"] = game.number, game.actions  # all that the emulator needs, see Game
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(folder / "checkpoint.pt", buffer.getbuffer())
     write_atomically(folder / "config.json", json.dumps(saved_args, indent=1).encode())
     names = dict.fromkeys(name for row in history for name in row)  # in order, each once
+    # Later epochs have more columns than the first ones.
     lines = [",".join(str(row.get(name, "")) for name in names) for row in history]
     write_atomically(folder / "metrics.csv", "\n".join([",".join(names), *lines, ""]).encode())
 
@@ -1228,7 +1244,7 @@ def load_run(folder, agent, optimizers, game, replay):
     # Adam's averages too: without them the next updates would be others.
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
-    # The emulator: the same game again, up to the same point.
+    # The emulator cannot be saved, but the same game can be played again, up to the same point.
     number, actions = state["game"]
     game.begin(number)
     for action in actions:
@@ -1288,7 +1304,7 @@ def load_weights(agent, state, path):
 def draw_row(frames, captions=(), scale=3):
     """RGB frames, each (64, 64, 3) uint8 -> a BGR image of them side by side, captions below them."""
     row = np.concatenate(list(frames), axis=1).repeat(scale, axis=0).repeat(scale, axis=1)
-    row = cv2.cvtColor(row, cv2.COLOR_RGB2BGR)
+    row = cv2.cvtColor(row, cv2.COLOR_RGB2BGR)  # OpenCV's order
     row = cv2.copyMakeBorder(row, 0, 18, 0, 0, cv2.BORDER_CONSTANT)
     for i, text in enumerate(captions):
         place = (64 * scale * i + 4, 64 * scale + 13)
@@ -1325,9 +1341,9 @@ def write_pictures(agent, args, recording, folder):
         dreamt = imagine(agent, T - known, decoded[None, seen], valid, *real, given)
         return to_pixels(torch.cat([decoded[past[:-1]], dreamt["frames"][0]]))
 
-    # The picture: around the first reward, which tells most about a world model, or in the middle of
-    # the game. Rows: real, with what came; decoded, with what the world model expects; dreamt with the
-    # actions really played; three other futures, in which the policy acts.
+    # The picture: around the first reward, which tells most about a world model, or in the middle
+    # of the game. Rows: real, with what came; decoded, with what the world model expects; dreamt
+    # with the actions really played; three other futures, in which the policy acts.
     scored = rewards.nonzero().flatten().tolist() + [len(frames) // 2]
     first = max(0, min(scored[0] - known, len(frames) - T))
     part = slice(first, first + T)
@@ -1413,6 +1429,8 @@ def look_into(args):
 
 def main(argv=None):
     """Command line -> exit code: 0 done, 1 training diverged, 2 bad input, 130 stopped."""
+    # The one place where errors become a line for people. Mistakes in the program keep their
+    # traceback.
     folder = None
     try:
         args = parse_args(argv)
