@@ -74,7 +74,7 @@ class InputError(ValueError):
 def make_parser():
     """-> the parser of all flags, with the paper's values as defaults."""
     parser = argparse.ArgumentParser("iris.py", usage="iris.py --env Pong [--help]", allow_abbrev=False)
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter  # --help shows the defaults
     devices = ["cpu"]  # the last one is the default: mps only on request
     if torch.backends.mps.is_available():
         devices.insert(0, "mps")
@@ -614,8 +614,8 @@ class WorldModel(nn.Module):
         self.head_token = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, V))
         self.head_reward = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, rewards))
         self.head_end = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 2))
-        # GPT's 0.02 leaves a narrow network nearly silent at first. The small preset has no time
-        # for it.
+        # GPT's 0.02 leaves a narrow network nearly silent at first. The small preset has no time for
+        # that: with this and the places below it learns several times as fast.
         std = 0.08 if args.preset == "small" else 0.02
         for name, parameter in self.named_parameters():
             if "ln" not in name:  # LayerNorms begin as the identity
@@ -624,7 +624,7 @@ class WorldModel(nn.Module):
                 nn.init.zeros_(parameter)
         if args.preset == "small":
             # A place begins as step + place in the step, so that what is learned of one step serves
-            # in all of them at once: in the minutes of the small preset, several times as fast.
+            # in all of them at once.
             steps = std * torch.randn(args.sequence_length, 1, D)
             places = std * torch.randn(K + 1, D)
             self.pos_emb.weight.data.copy_((steps + places).flatten(0, 1))
@@ -875,6 +875,7 @@ def autocast(args):
 
 # ---- 8. Training: collect, then train the three networks, epoch after epoch ----------------------
 TOKENIZER_PIECE = 64  # frames of its batch at a time; lower it if the GPU's memory runs out
+# What an epoch's line on the terminal shows; metrics.csv has everything.
 SHOWN = "real_steps train_return tokenizer_loss token_loss dream_return entropy eval_return".split()
 
 
@@ -965,7 +966,8 @@ def tokenize_replay(tokenizer, replay, args):
 
 def train_world_model(world_model, optimizer, replay, args):
     """An epoch's updates on segments of T real steps -> metrics."""
-    world_model.train()  # with dropout
+    # Dropout is on here only: dreams and evaluations want the world model's best guess.
+    world_model.train()
     history = []
     for _ in progress(args.world_model_updates, "world model"):
         # Segments begin anywhere, so that every position sees every kind of frame.
@@ -1420,6 +1422,7 @@ def look_into(args):
         write_atomically(results / name, json.dumps(result, indent=1).encode())
         print(summary(result))
         return
+    # Dreams need real frames to begin with: those of a game that the agent plays now.
     _, recording = play_games(agent, act, args, 1, max_steps=1000)
     if args.dream:
         write_pictures(agent, args, recording, results / "media" / "dream")

@@ -1455,7 +1455,7 @@ def baselines(name):
 
 def kills(count):
     """--kills N: a run killed N times at random moments, against one that was not."""
-    flags = [*TINY, *SCHEDULE, "--epochs", "60", "--eval-every", "60"]
+    flags = [*TINY, *SCHEDULE, "--epochs", "999", "--eval-every", "999"]
     whole, killed = (Path(tempfile.mkdtemp()) for _ in range(2))
     assert finish(*flags, "--run-dir", whole).returncode == 0
     start = [*flags, "--run-dir", killed]
@@ -1463,7 +1463,8 @@ def kills(count):
         process = subprocess.Popen(command(*start), stdout=subprocess.DEVNULL)
         while not list(killed.glob("*/checkpoint.pt")):  # without one there is nothing to resume
             time.sleep(0.02)
-        time.sleep(random.uniform(3, 15))
+        time.sleep(random.uniform(4, 8))  # it takes some three seconds to start
+        assert process.poll() is None  # so there is something to kill
         process.kill()
         process.wait()
         start = ["--resume", next(killed.iterdir())]
