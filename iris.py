@@ -798,7 +798,7 @@ def imagine(agent, steps, frames, valid, tokens, actions, given=None):
     # The past comes in two forms. The policy gets decoded frames (B, T, 3, 64, 64), with valid (B, T)
     # false on padding. The world model gets the last n steps as tokens (B, n, K) and actions (B, n), of
     # which the last is ignored: the policy chooses its own, or `given` (B, H - 1) does. In training
-    # n = 1:
+    # n is --context, in the paper 1:
     #     padding | real frames, for the policy's memory | the last one | H - 1 dreamt frames
     #      skipped   burn-in                                acts on it     acts on all but the last
     world_model = agent.world_model
@@ -989,7 +989,8 @@ def train_actor_critic(actor_critic, optimizer, replay, args, dreamer):
     for _ in progress(args.actor_critic_updates, "actor-critic"):
         # Dreams begin all over the replay: the policy practises wherever it has ever been.
         index, valid = replay.sample(args.actor_critic_batch, args.burn_in + 1, "last")
-        last = index[:, -args.context :]  # what the world model knows
+        # What the world model knows; where the episode is younger, its first frame, repeated.
+        last = index[:, -args.context :]
         dreamt = dreamer(replay.reconstructions[index], valid, replay.tokens[last], replay.actions[last])
         with autocast(args):
             loss, metrics = actor_critic.loss(dreamt, args)
