@@ -63,8 +63,7 @@ SMALL = """
     --sequence-length 12 --layers 2 --width 128 --dropout 0 --policy-size 32 --lstm-size 256
     --burn-in 4 --context 3 --horizon 10 --gamma 0.97 --entropy-coef 0.002 --no-mixed-precision
 """
-# From a run to its continuation.
-MAY_CHANGE = ("epochs", "device", "mixed_precision", "final_games", "tensorboard")
+MAY_CHANGE = ("epochs", "device", "mixed_precision", "final_games", "tensorboard")  # by --resume
 
 
 class InputError(ValueError):
@@ -75,9 +74,7 @@ def make_parser():
     """-> the parser of all flags, with the paper's values as defaults."""
     parser = argparse.ArgumentParser("iris.py", usage="iris.py --env Pong [--help]", allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter  # --help shows the defaults
-    devices = ["cpu"]  # the last one is the default: mps only on request
-    if torch.backends.mps.is_available():
-        devices.insert(0, "mps")
+    devices = ["cpu"]  # the last one is the default
     if torch.cuda.is_available():
         devices.append("cuda")
 
@@ -154,42 +151,36 @@ def parse_args(argv=None):
     """Command line -> namespace of flags. Bad ones raise InputError, or argparse's SystemExit."""
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
+    # The first pass finds out where the defaults of the second one come from: a run, or a preset.
     args = parser.parse_args(argv)
-    # The first pass finds mode, device and preset, whose defaults are the second pass's.
     run = args.resume or args.eval or args.dream or args.play
-    device = args.device
-    preset = args.preset
+    preset, device = args.preset, args.device
     if preset == "auto":
         preset = "paper" if device == "cuda" else "small"
     saved = {}
     if run is not None:
         run = run.parent if run.name == "checkpoint.pt" else run
         saved = read_checkpoint(run).get("args", {})
-        preset = saved.get("preset", "paper")
         if args.resume and not saved:
             raise InputError(f"{run}: weights alone, as the authors' files are, cannot go on")
+        preset = saved.get("preset", "paper")
         parser.set_defaults(env=run.stem)  # of an authors' Pong.pt; a run knows its own
         parser.set_defaults(**saved)
     elif preset == "small":
         argv = SMALL.split() + argv
-    if run is None and "Freeway" in args.env:  # appendix: its rewards are rare, dithering finds none
-        argv = ["--temperature", "0.01"] + argv
     args = parser.parse_args(argv)
-    args.run = run
-    args.device = device
     if args.preset == "auto":
         args.preset = preset
+    args.run, args.device = run, device
     # Other READMEs call the same game PongNoFrameskip-v4 or PongDeterministic-v4.
     args.game = re.sub(r"(NoFrameskip|Deterministic)?-v\d+$", "", args.env.removeprefix("ALE/"))
     if "/" not in args.env or args.env.startswith("ALE/"):
         args.env = f"ALE/{args.game}-v5"
     for name, value in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        least = 1 if type(value) is int and name != "seed" else 0
-        if type(value) in (int, float) and not value >= least:
-            raise InputError(f"{flag} {value} is too small: at least {least}")
+        if type(value) in (int, float) and not value >= 0:
+            raise InputError(f"--{name.replace('_', '-')} {value} is too small")
         if args.resume and name not in MAY_CHANGE and value != saved.get(name, value):
-            raise InputError(f"{flag} is {saved[name]} in {run}, which goes on as it began")
+            raise InputError(f"--{name.replace('_', '-')} is {saved[name]} in {run}, which goes on as it began")
     if not args.tokenizer_start <= args.world_model_start <= args.actor_critic_start:
         raise InputError("--tokenizer-start <= --world-model-start <= --actor-critic-start: each needs the one before")
     if not 1 < args.horizon <= args.sequence_length + 1 - args.context or args.context > args.burn_in:
