@@ -67,16 +67,14 @@ MAY_CHANGE = ("epochs", "device", "mixed_precision", "final_games", "tensorboard
 
 
 class InputError(ValueError):
-    """Something the user gave cannot work. main() prints it in one line and exits with code 2."""
+    """What the user gave cannot work. main() prints it in one line and exits with code 2."""
 
 
 def make_parser():
     """-> the parser of all flags, with the paper's values as defaults."""
     parser = argparse.ArgumentParser("iris.py", usage="iris.py --env Pong [--help]", allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter  # --help shows the defaults
-    devices = ["cpu"]  # the last one is the default
-    if torch.cuda.is_available():
-        devices.append("cuda")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def add_argument(name, default, text, choices=None):
         if isinstance(default, bool):
@@ -96,7 +94,7 @@ def make_parser():
     add_argument("--exp-name", "iris", "goes into the run's name")
     add_argument("--run-dir", "runs", "folder for the folders of runs")
     add_argument("--seed", 1, "of networks, sampling and games")
-    add_argument("--device", devices[-1], "where to compute", choices=devices)
+    add_argument("--device", device, "where to compute", choices=sorted({"cpu", device}))
     add_argument("--mixed-precision", True, "bfloat16: fast on GPUs from Ampere on, CPUs with AMX")
     add_argument("--torch-deterministic", False, "repeatable on a GPU too, but slower")
     add_argument("--tensorboard", False, "write events for TensorBoard as well")
@@ -153,34 +151,33 @@ def parse_args(argv=None):
     parser = make_parser()
     # The first pass finds out where the defaults of the second one come from: a run, or a preset.
     args = parser.parse_args(argv)
+    device = args.device
     run = args.resume or args.eval or args.dream or args.play
-    preset, device = args.preset, args.device
-    if preset == "auto":
-        preset = "paper" if device == "cuda" else "small"
     saved = {}
     if run is not None:
-        run = run.parent if run.name == "checkpoint.pt" else run
         saved = read_checkpoint(run).get("args", {})
         if args.resume and not saved:
             raise InputError(f"{run}: weights alone, as the authors' files are, cannot go on")
-        preset = saved.get("preset", "paper")
-        parser.set_defaults(env=run.stem)  # of an authors' Pong.pt; a run knows its own
+        parser.set_defaults(env=run.stem, preset="paper")  # of an authors' Pong.pt
         parser.set_defaults(**saved)
-    elif preset == "small":
-        argv = SMALL.split() + argv
+    elif args.preset == "small" or (args.preset == "auto" and device == "cpu"):
+        argv = [*SMALL.split(), *argv, "--preset", "small"]
+    else:
+        argv = [*argv, "--preset", "paper"]
     args = parser.parse_args(argv)
-    if args.preset == "auto":
-        args.preset = preset
-    args.run, args.device = run, device
+    args.device = device
+    args.run = run
     # Other READMEs call the same game PongNoFrameskip-v4 or PongDeterministic-v4.
     args.game = re.sub(r"(NoFrameskip|Deterministic)?-v\d+$", "", args.env.removeprefix("ALE/"))
     if "/" not in args.env or args.env.startswith("ALE/"):
         args.env = f"ALE/{args.game}-v5"
     for name, value in vars(args).items():
-        if type(value) in (int, float) and not value >= 0:
-            raise InputError(f"--{name.replace('_', '-')} {value} is too small")
+        flag = "--" + name.replace("_", "-")
+        least = 1 if type(value) is int and name != "seed" else 0
+        if type(value) in (int, float) and not value >= least:
+            raise InputError(f"{flag} {value} is too small")
         if args.resume and name not in MAY_CHANGE and value != saved.get(name, value):
-            raise InputError(f"--{name.replace('_', '-')} is {saved[name]} in {run}, which goes on as it began")
+            raise InputError(f"{flag} is {saved[name]} in {run}, which goes on as it began")
     if not args.tokenizer_start <= args.world_model_start <= args.actor_critic_start:
         raise InputError("--tokenizer-start <= --world-model-start <= --actor-critic-start: each needs the one before")
     if not 1 < args.horizon <= args.sequence_length + 1 - args.context or args.context > args.burn_in:
@@ -194,11 +191,9 @@ def parse_args(argv=None):
 def make_env(env_id, num_envs=1, training=True):
     """-> a gymnasium VectorEnv: frames (num_envs, 1, h, w, 3) uint8 RGB, discrete actions, ends as
     `terminations`, info["lives"], info["episode_frame_number"]. For your own game, change this."""
-    # ale-py's does all of it in C++. An action is held for 4 raw frames; the maximum of the last
-    # two is seen, since Atari draws some things in every other frame. In training a lost life ends
-    # the episode without restarting the game; games begin with up to 30 no-ops and last up to
-    # 20,000 raw frames. In evaluation: none, and 108,000. The other defaults are for other
-    # protocols.
+    # An action is held for 4 raw frames; the maximum of the last two is seen, since Atari draws
+    # some things in every other frame. In training games begin with up to 30 no-ops, and a lost
+    # life ends the episode without restarting the game.
     try:
         height, width, _ = gym.make(env_id).observation_space.shape
         seen = dict(img_height=height, img_width=width, grayscale=False, stack_num=1, frameskip=4)
@@ -213,8 +208,7 @@ def make_env(env_id, num_envs=1, training=True):
 
 def resize(frames):
     """Frames (N, 1, h, w, 3) uint8 in numpy, of any size -> (N, 64, 64, 3) uint8 in torch."""
-    # Antialiased: every raw pixel counts, so that a ball of a few pixels does not vanish between
-    # two samples. The authors do the same, and their checkpoints expect it.
+    # Antialiased: every raw pixel counts, so that a small ball does not vanish between two samples.
     frames = torch.from_numpy(frames[:, 0]).movedim(-1, 1)
     frames = F.interpolate(frames, (64, 64), mode="bilinear", antialias=True)
     return frames.movedim(1, -1).contiguous()
@@ -223,9 +217,8 @@ def resize(frames):
 class Game:
     """Real games, one after another, across epochs and across restarts of the program."""
 
-    # Game number n is seeded with seed + n, and the emulator has no other randomness. So (n,
-    # actions since its start) *is* its state: a checkpoint holds just that, and playing the actions
-    # again restores the emulator exactly.
+    # Game number n is seeded with seed + n, and the emulator has no other randomness. So n and the
+    # actions since its start *are* its state: a checkpoint holds just that.
     def __init__(self, env_id, seed):
         self.env = make_env(env_id)
         self.seed = seed
@@ -249,9 +242,8 @@ class Game:
         self.opens = bool(terminated[0] or truncated[0])
         over = False
         if self.opens:
-            # After an end the emulator wants one more step, which shows the next episode's first
-            # frame. Either the game goes on with the next life: then this step is a no-op. Or it is
-            # over: then its action is ignored, and the frames of a new game are counted from 0.
+            # One more step shows the next episode's first frame. If the game goes on with the next
+            # life, it is a no-op. If it is over, the frames of a new game are counted from 0.
             frames, rewards, _, out_of_time, after = self.env.step(np.array([0]))
             reward += float(rewards[0])
             restarted = after["episode_frame_number"][0] < info["episode_frame_number"][0]
@@ -272,9 +264,8 @@ class Replay:
     """All real steps, on the device: 100,000 are 1.2 GB of frames, 2.5 (bfloat16) of reconstructions."""
 
     # Step i is a frame, the action taken on seeing it, the reward that followed, and whether a life
-    # or the game ended. `tokens` and `reconstructions` are what the tokenizer makes of the frames.
-    # It is frozen while the other two learn, so this is computed once an epoch, where a plain loop
-    # encodes the frames of every batch again.
+    # or the game ended. `tokens` and `reconstructions` are what the tokenizer makes of the frames,
+    # computed once an epoch, since it is frozen while the other two learn.
     def __init__(self, args):
         n = args.collect_epochs * args.collect_steps + CHUNK
         zeros = partial(torch.zeros, dtype=torch.long, device=args.device)
@@ -302,9 +293,8 @@ class Replay:
 
     def sample(self, batch, steps, drawn="first"):
         """Segments of T = `steps` steps -> index (B, T) into the columns, valid (B, T)."""
-        # Episodes are drawn uniformly, not steps, so the steps of short ones, and ends, come up more
-        # often. The running episode is one of them. Then one of its steps s is drawn, as the first of
-        # the segment or as its last:
+        # Episodes are drawn uniformly, not steps, so that ends come up more often. Then one of the
+        # episode's steps s is drawn, as the first of the segment or as its last:
         #   "first", the world model:   s  s+1  s+2  -   -     padding if the episode ends too early
         #   "last", the policy:         -   -    0  ...  s     padding if it begins too late
         # Padding repeats the episode's edge; `valid`, false there, keeps it out of every loss.
@@ -534,9 +524,8 @@ def load_lpips(device):
         weights = {name: x.to(device) for name, x in (vgg | heads).items() if "classifier" not in name}
         weights["shift"] = torch.tensor([-0.030, -0.088, -0.188], device=device).view(3, 1, 1)
         weights["scale"] = torch.tensor([0.458, 0.448, 0.450], device=device).view(3, 1, 1)
-        lpips(weights, *torch.zeros(2, 1, 3, 64, 64, device=device))  # are all the tensors there?
         return partial(lpips, weights)
-    except Exception as error:  # no network, a wrong hash, a damaged file, a missing tensor
+    except Exception as error:  # no network, a wrong hash, a damaged file
         raise InputError(
             f"no weights for LPIPS ({error!r:.100}): put {VGG_URL} and {HEADS_URL} (as {HEADS_NAME})"
             f" into {torch.hub.get_dir()}/checkpoints, or do without: --no-perceptual-loss"
@@ -786,10 +775,9 @@ def imagine(agent, steps, frames, valid, tokens, actions, given=None):
     """Dreams `steps` = H - 1 steps after real ones -> dict of frames (B, H, 3, 64, 64), tokens
     (B, H, K), both beginning with the last real frame; actions, rewards, ends (B, H - 1); state, the
     policy's memory before them."""
-    # The past comes in two forms. The policy gets decoded frames (B, T, 3, 64, 64), with valid (B, T)
-    # false on padding. The world model gets the last n steps as tokens (B, n, K) and actions (B, n), of
-    # which the last is ignored: the policy chooses its own, or `given` (B, H - 1) does. In training
-    # n is --context, in the paper 1:
+    # The policy gets the past as decoded frames (B, T, 3, 64, 64), with valid (B, T) false on
+    # padding; the world model as tokens (B, n, K) and actions (B, n) of the last n steps. The last
+    # action is ignored: the policy chooses its own, or `given` (B, H - 1) does.
     #     padding | real frames, for the policy's memory | the last one | H - 1 dreamt frames
     #      skipped   burn-in                                acts on it     acts on all but the last
     world_model = agent.world_model
@@ -798,9 +786,8 @@ def imagine(agent, steps, frames, valid, tokens, actions, given=None):
     frame = frames[:, -1]
     lists = dict(frames=[frame], tokens=[tokens[:, -1]], actions=[], rewards=[], ends=[])
     start = state
-    # Keys and values of the past are cached, so that a new position costs one position. A frame's
-    # last token predicts nothing and waits for the action; the two go in together, so that the K +
-    # 1 positions of a step cost K passes.
+    # Keys and values of the past are cached. A frame's last token predicts nothing and waits for
+    # the action; the two go in together, so that the K + 1 positions of a step cost K passes.
     embedded = world_model.embed(tokens, actions)[:, :-1]
     pending = embedded[:, -1]
     positions, D = world_model.pos_emb.weight.shape
@@ -818,14 +805,13 @@ def imagine(agent, steps, frames, valid, tokens, actions, given=None):
         reward = world_model.head_reward(h).float()  # (B, 3): logits of the signs; or (B, 1): mse
         reward = sample(reward) - 1.0 if reward.shape[1] == 3 else reward[:, 0]
         end = sample(world_model.head_end(h)).float()  # the loss leaves out what follows an end
-        # The action's position predicts the first token, each token the next one.
-        frame_tokens = [sample(world_model.head_token(h))]
-        pending = world_model.token_embedding(frame_tokens[-1])
-        for _ in range(world_model.tokens_per_frame - 1):
-            h = world_model(pending[:, None], caches, position)[:, 0]
-            position += 1
+        frame_tokens = []
+        for k in range(world_model.tokens_per_frame):
+            if k > 0:  # the action's position predicts the first token, each token the next one
+                h = world_model(pending[:, None], caches, position)[:, 0]
+                position += 1
             frame_tokens.append(sample(world_model.head_token(h)))
-            pending = world_model.token_embedding(frame_tokens[-1])
+            pending = world_model.token_embedding(frame_tokens[k])
         frame_tokens = torch.stack(frame_tokens, dim=1)  # (B, K)
         frame = agent.tokenizer.decode(frame_tokens)
         step = dict(frames=frame, tokens=frame_tokens, actions=action, rewards=reward, ends=end)
@@ -840,8 +826,7 @@ def accelerate(function, args):
     """Wraps a function of tensors: no gradient, mixed precision, on a GPU a graph for each shape."""
 
     # A dream is tens of thousands of tiny kernels, each quicker to run than to launch. A CUDA graph
-    # records them once and replays them in one go. Graphs live as long as the run; a call
-    # overwrites the outputs of the one before, which no caller still needs.
+    # records them once and replays them in one go; a call overwrites the outputs of the one before.
     def run(*inputs):
         # Autocast inside: its casts of the weights must be recorded, since the weights will change.
         with torch.no_grad(), autocast(args):
@@ -872,12 +857,11 @@ SHOWN = "real_steps train_return tokenizer_loss token_loss dream_return entropy 
 
 def progress(count, label):
     """range(count), keeping a line on the terminal with what is done and how long it will take."""
-    begun = shown = time.time()
+    begun = time.time()
     for i in range(count):
         yield i
-        if sys.stderr.isatty() and time.time() - shown > 0.5:
-            shown = time.time()
-            left = (shown - begun) * (count / (i + 1) - 1)
+        if sys.stderr.isatty():
+            left = (time.time() - begun) * (count / (i + 1) - 1)
             line = f"{label} {i + 1}/{count}, {left:.0f} s left"
             print(f"\r{line:60}\r", end="", file=sys.stderr, flush=True)
 
@@ -899,7 +883,6 @@ def means(history):
 
 def collect(agent, act, game, replay, args):
     """Real steps, into the replay -> metrics."""
-    begun = time.time()
     temperature = torch.tensor(args.temperature, device=args.device)
     state = agent.actor_critic.initial_state(1)
     if not game.opens:  # the policy has changed: it looks at the running episode again
@@ -920,10 +903,7 @@ def collect(agent, act, game, replay, args):
         # A game's score counts all lives; an episode of the replay is one life.
         if score is not None:
             scores.append(score)
-    metrics = dict(real_steps_per_second=args.collect_steps / (time.time() - begun))
-    if scores:
-        metrics["train_return"] = float(np.mean(scores))
-    return metrics
+    return dict(train_return=float(np.mean(scores))) if scores else {}
 
 
 def train_tokenizer(tokenizer, optimizer, replay, args, perceptual):
@@ -975,7 +955,6 @@ def train_world_model(world_model, optimizer, replay, args):
 
 def train_actor_critic(actor_critic, optimizer, replay, args, dreamer):
     """An epoch's updates in dreams -> metrics. dreamer: `imagine`, accelerated."""
-    begun = time.time()
     history = []
     for _ in progress(args.actor_critic_updates, "actor-critic"):
         # Dreams begin all over the replay: the policy practises wherever it has ever been.
@@ -988,8 +967,7 @@ def train_actor_critic(actor_critic, optimizer, replay, args, dreamer):
         loss.backward()
         metrics["actor_critic_gradient"] = descend(actor_critic, optimizer)
         history.append(metrics)
-    frames = args.actor_critic_updates * args.actor_critic_batch * args.horizon
-    return dict(dreamt_frames_per_second=frames / (time.time() - begun), **means(history))
+    return means(history)
 
 
 def make_optimizers(agent, args):
@@ -1028,17 +1006,15 @@ def train(args, folder):
     act = accelerate(agent.act, args)
     dreamer = accelerate(partial(imagine, agent, args.horizon - 1), args)
     sizes = [sum(p.numel() for p in network.parameters()) for network in agent.children()]
-    precision = "bfloat16" if args.mixed_precision else "float32"
-    print(f"{folder}: {args.preset} preset on {args.device}, {precision}, {sizes} parameters", flush=True)
+    print(f"{folder}: {args.preset} preset on {args.device}, {sizes} parameters", flush=True)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         # Every epoch has a seed of its own, so that a resumed run needs no generator's state.
         torch.manual_seed(args.seed * 100_000 + epoch)
         begun = time.time()
         row = dict(epoch=epoch)
-        # The phases of an epoch. Each network needs what the one before has learned, so they start
-        # one after the other: first there must be words, then a language, then dreams worth
-        # learning from.
+        # Each network needs what the one before has learned, so they start one after the other:
+        # first there must be words, then a language, then dreams worth learning from.
         if epoch <= args.collect_epochs:
             row |= collect(agent, act, game, replay, args)
         if epoch >= args.tokenizer_start:
