@@ -1066,14 +1066,13 @@ Seaquest 68.4 42054.7 661.32 | UpNDown 533.4 11693.2 3546.2
 
 
 def play_games(agent, act, args, games, max_steps=math.inf):
-    """Plays whole games side by side -> returns (games,), and frames, actions, rewards, ends of the
-    first game, 1000 steps at most. max_steps: stop after so many."""
-    # Side by side, so that the networks see one batch a step. All start at once, and the evaluation
-    # ends when the longest game does: to stop after so many games would favour short ones, which
-    # are the lost ones.
+    """Plays whole games side by side -> returns (games,), and frames, actions, rewards of the first
+    game, 1000 steps at most. max_steps: stop after so many."""
+    # All games start at once, and the longest is waited for: to stop after so many games would
+    # favour short ones, which are the lost ones.
     env = make_env(args.env, games, training=False)
     first_seed = args.seed * 100_000 + 50_000  # not training's games
-    frames, info = env.reset(seed=(first_seed + np.arange(games)) % 2**31)
+    frames, _ = env.reset(seed=(first_seed + np.arange(games)) % 2**31)
     torch.manual_seed(args.seed)  # the same agent plays the same games again
     temperature = torch.tensor(args.eval_temperature, device=args.device)
     state = agent.actor_critic.initial_state(games)
@@ -1082,26 +1081,22 @@ def play_games(agent, act, args, games, max_steps=math.inf):
     recording = []
     while playing.any() and len(recording) < max_steps:
         seen = resize(frames)
-        lives = info["lives"][0]
         # The policy's memory begins empty and lasts for the whole game, across lives.
         actions, *state = act(seen.to(args.device), *state, temperature)
         actions = actions.cpu()
-        frames, rewards, terminated, truncated, info = env.step(actions.numpy())
+        frames, rewards, terminated, truncated, _ = env.step(actions.numpy())
         returns += rewards * playing  # a game that is over waits for the others
         if playing[0] and len(recording) < 1000:  # enough for pictures and metrics
-            # The end of an episode, as in training: of a life, too.
-            end = bool(terminated[0] or 0 < info["lives"][0] < lives)
-            recording.append((seen[0], actions[0], torch.tensor(float(rewards[0])), torch.tensor(end)))
+            recording.append((seen[0], actions[0], torch.tensor(float(rewards[0]))))
         playing &= ~(terminated | truncated)
-    frames, actions, rewards, ends = (torch.stack(x).to(args.device) for x in zip(*recording))
-    return returns, (frames, actions, rewards, ends.long())
+    return returns, [torch.stack(column).to(args.device) for column in zip(*recording)]
 
 
 @torch.no_grad()
 def health(agent, recording, T):
     """The networks on real play that they were not trained on, in segments of T steps -> metrics."""
     count = len(recording[0]) // T  # what is left at the end of the game is not used
-    frames, actions, rewards, _ = (x[: count * T] for x in recording)
+    frames, actions, rewards = (x[: count * T] for x in recording)
     x = to_network(frames)
     tokens = agent.tokenizer.encode(x)  # (count T, K)
     # What moves is a small part of a frame: a good mean error can hide that it is all missing.
@@ -1139,28 +1134,32 @@ def evaluate(agent, act, args, games):
 
 def summary(result):
     """A result -> one line, with the scores of others where they are known."""
-    line = f"{result['game']}: {result['mean']:.1f} +- {result['interval']:.1f} (95 %)"
-    line += f", {len(result['returns'])} games"
-    found = re.search(rf"\b{result['game']} (\S+) (\S+) (\S+)", SCORES)
-    if found is None:
-        return line
-    # Scores of games are made comparable on a scale where 0 is random play and 1 a human.
-    random, human, iris = (float(score) for score in found.groups())
-    normalised = (result["mean"] - random) / (human - random)
-    return f"{line}; random {random}, human {human}, IRIS {iris}; normalised {normalised:.3f}"
+    game, mean = result["game"], result["mean"]
+    line = f"{game}: {mean:.1f} +- {result['interval']:.1f} (95 %), {len(result['returns'])} games"
+    found = re.search(rf"\b{game} (\S+) (\S+) (\S+)", SCORES)
+    if found:  # games become comparable on a scale where 0 is random play and 1 a human
+        random, human, iris = (float(score) for score in found.groups())
+        normalised = (mean - random) / (human - random)
+        line += f"; random {random}, human {human}, IRIS {iris}; normalised {normalised:.3f}"
+    return line
 
 
 # ---- 10. Checkpoints: a run's own, and the authors' ----------------------------------------------
-def write_atomically(path, data):
-    """All of the bytes or none: no reader, and no power cut, ever meets half a file."""
+def append(path, start, data):
+    """Cuts a file off at byte `start`, appends the data, and waits until the disk has them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    # A rename is atomic, a write is not; fsync, so that the bytes are there before the name is.
-    with open(temporary, "wb") as file:
+    with open(path, "ab") as file:
+        file.truncate(start)
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+
+def write_atomically(path, data):
+    """All of the bytes or none: no reader, and no power cut, ever meets half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    append(temporary, 0, data)
+    os.replace(temporary, path)  # a rename is atomic, a write is not
 
 
 def read_checkpoint(path):
@@ -1176,20 +1175,14 @@ def read_checkpoint(path):
 
 
 SAVED_COLUMNS = ("starts", "actions", "rewards", "ends")  # frames have a file, the rest is computed
-FRAME_BYTES = 64 * 64 * 3
 
 
 def save_run(folder, args, history, agent, optimizers, game, replay):
     """Writes all that the next epoch needs; for people, metrics.csv and config.json."""
-    # New frames go to the end of a file of their own: 2.5 MB in the paper's epoch, where a
-    # checkpoint with all of them would be 1.2 GB. What an epoch appended that was killed before its
-    # checkpoint is cut off here.
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "frames.bin", "ab") as file:
-        file.truncate(replay.saved * FRAME_BYTES)
-        file.write(replay.frames[replay.saved : replay.size].cpu().numpy())
-        file.flush()
-        os.fsync(file.fileno())
+    # New frames go to the end of a file of their own, since a checkpoint with all of them would be
+    # 1.2 GB. What an epoch appended that was killed before its checkpoint is cut off.
+    new = replay.frames[replay.saved : replay.size].cpu().numpy()
+    append(folder / "frames.bin", replay.frames[: replay.saved].nbytes, new)
     replay.saved = replay.size
     saved_args = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
     state = dict(args=saved_args, history=history, agent=agent.state_dict())
@@ -1223,10 +1216,11 @@ def load_run(folder, agent, optimizers, game, replay):
     replay.episodes = state["episodes"]
     for name, column in state["columns"].items():
         getattr(replay, name)[: replay.size] = column
-    frames = np.fromfile(folder / "frames.bin", np.uint8, replay.size * FRAME_BYTES)
-    if len(frames) < replay.size * FRAME_BYTES:
+    known = replay.frames[: replay.size]
+    frames = np.fromfile(folder / "frames.bin", np.uint8, known.nbytes)
+    if len(frames) < known.nbytes:
         raise InputError(f"{folder}/frames.bin is damaged: it has not all {replay.size} frames")
-    replay.frames[: replay.size] = torch.from_numpy(frames).view(-1, 64, 64, 3)
+    known.copy_(torch.from_numpy(frames).view_as(known))
     return state["history"]
 
 
@@ -1271,31 +1265,26 @@ def load_weights(agent, state, path):
 
 
 # ---- 11. Pictures: a world model is something to look at -----------------------------------------
-def draw_row(frames, captions=(), scale=3):
-    """RGB frames, each (64, 64, 3) uint8 -> a BGR image of them side by side, captions below them."""
-    row = np.concatenate(list(frames), axis=1).repeat(scale, axis=0).repeat(scale, axis=1)
-    row = cv2.cvtColor(row, cv2.COLOR_RGB2BGR)  # OpenCV's order
-    row = cv2.copyMakeBorder(row, 0, 18, 0, 0, cv2.BORDER_CONSTANT)
-    for i, text in enumerate(captions):
-        place = (64 * scale * i + 4, 64 * scale + 13)
-        cv2.putText(row, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255), 1, cv2.LINE_AA)
-    return row
-
-
 def to_pixels(frames):
     """Frames (..., 3, 64, 64) in [-1, 1] -> (..., 64, 64, 3) uint8 in numpy."""
     frames = ((frames.float() + 1) * 127.5).round().clamp(0, 255)
     return frames.to(torch.uint8).movedim(-3, -1).cpu().numpy()
 
 
+def draw(rows, scale=3):
+    """Rows of RGB frames (R, n, 64, 64, 3) uint8 -> an image for OpenCV, which wants BGR."""
+    image = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+    image = image.repeat(scale, axis=0).repeat(scale, axis=1)
+    return cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+
+
 @torch.no_grad()
 def write_pictures(agent, args, recording, folder):
     """dream.png and dream.gif: a recorded real game, as tokenizer and world model see it."""
-    frames, actions, rewards, ends = recording
-    if len(frames) < 2:
-        return  # a game of a moment: nothing to dream of
+    frames, actions, rewards = recording
     tokens = agent.tokenizer.encode(to_network(frames))  # (n, K)
     decoded = agent.tokenizer.decode(tokens)
+    real = frames.cpu().numpy()
     torch.manual_seed(args.seed)
     # A picture's segment is T steps: the world model knows the first half, and dreams the second.
     T = min(args.sequence_length, len(frames))
@@ -1307,26 +1296,20 @@ def write_pictures(agent, args, recording, folder):
         seen = F.pad(past, (1, 0), value=first)  # one padding frame, so that there is a burn-in
         valid = torch.arange(known + 1, device=frames.device)[None] > 0
         given = actions[None, first + known - 1 : first + T - 1] if as_played else None
-        real = tokens[None, past], actions[None, past]
-        dreamt = imagine(agent, T - known, decoded[None, seen], valid, *real, given)
+        text = tokens[None, past], actions[None, past]
+        dreamt = imagine(agent, T - known, decoded[None, seen], valid, *text, given)
         return to_pixels(torch.cat([decoded[past[:-1]], dreamt["frames"][0]]))
 
     # The picture: around the first reward, which tells most about a world model, or in the middle
-    # of the game. Rows: real, with what came; decoded, with what the world model expects; dreamt
-    # with the actions really played; three other futures, in which the policy acts.
+    # of the game. Rows: real; decoded; dreamt with the actions really played; three other futures,
+    # in which the policy acts.
     scored = rewards.nonzero().flatten().tolist() + [len(frames) // 2]
     first = max(0, min(scored[0] - known, len(frames) - T))
     part = slice(first, first + T)
-    _, reward, end = agent.world_model.predict(tokens[None, part], actions[None, part])
-    reward = agent.world_model.expected_reward(reward)[0]
-    came = [f"real: {r:+g}, end {e}" for r, e in zip(rewards[part], ends[part])]
-    expected = [f"decoded: {r:+.2f}, {e:.2f}" for r, e in zip(reward, end[0].softmax(-1)[:, 1])]
-    rows = [draw_row(frames[part].cpu().numpy(), came)]
-    rows.append(draw_row(to_pixels(decoded[part]), expected))
-    rows.append(draw_row(dream_on(first, True), ["known"] * known + ["dreamt"] * (T - known)))
+    rows = [real[part], to_pixels(decoded[part]), dream_on(first, True)]
     for _ in range(3):
-        rows.append(draw_row(dream_on(first, False), ["known"] * known + ["another future"]))
-    _, png = cv2.imencode(".png", np.concatenate(rows))
+        rows.append(dream_on(first, False))
+    _, png = cv2.imencode(".png", draw(rows))
     write_atomically(folder / "dream.png", png)
 
     # The film: real beside dreamt; the dream begins again from real frames every half of T.
@@ -1334,7 +1317,7 @@ def write_pictures(agent, args, recording, folder):
     for first in range(0, min(len(frames) - T, 200) + 1, T - known):
         dreamt = dream_on(first, True)
         for i in range(known, T):
-            images.append(draw_row([frames[first + i].cpu().numpy(), dreamt[i]], ["real", "dreamt"]))
+            images.append(draw([[real[first + i], dreamt[i]]]))
     animation = cv2.Animation()
     animation.frames = images
     animation.durations = np.full(len(images), 80)  # milliseconds
@@ -1366,9 +1349,9 @@ def play(agent, args, recording):
             # One place of T is for the next frame: the oldest has to go.
             tokens = torch.cat([tokens, dreamt["tokens"][:, 1:]], dim=1)[:, 1 - args.sequence_length :]
             actions = F.pad(actions, (0, 1))[:, 1 - args.sequence_length :]
-        text = f"rewards {score:+g}" + (", the end: press r" if end else "")
         image = to_pixels(agent.tokenizer.decode(tokens[:, -1]))
-        cv2.imshow("iris", draw_row(image, [text], scale=8))
+        cv2.imshow("iris", draw([image], scale=8))
+        cv2.setWindowTitle("iris", f"rewards {score:+g}" + (", the end: press r" if end else ""))
         key = chr(cv2.waitKey(66) & 255)  # 15 frames a second, less the time of a dream
 
 
@@ -1417,16 +1400,15 @@ def main(argv=None):
         folder = args.run if args.resume else Path(args.run_dir, name)
         train(args, folder)
         return 0
-    except (InputError, ImportError, OSError, MemoryError, cv2.error) as error:
-        code, message = 2, str(error)
-    except FloatingPointError as error:
-        code, message = 1, str(error)
     except KeyboardInterrupt:
         code, message = 130, "stopped"
-    except RuntimeError as error:  # torch's: out of memory, or a GPU that it does not know
-        if not isinstance(error, torch.AcceleratorError) and "alloc" not in str(error):
+    except FloatingPointError as error:
+        code, message = 1, str(error)
+    except (InputError, ImportError, OSError, MemoryError, RuntimeError, cv2.error) as error:
+        # Torch says in RuntimeErrors of its own, or of an allocator, what is wrong with a machine.
+        if type(error) is RuntimeError and "alloc" not in str(error):
             raise
-        code, message = 2, f"{error} (a GPU: lower TOKENIZER_PIECE, or use --device cpu)"
+        code, message = 2, str(error)
     if folder is not None and code != 1 and (folder / "checkpoint.pt").exists():
         message += f"; go on with python iris.py --resume {shlex.quote(str(folder))}"
     print("iris.py:", " ".join(message.split())[:600], file=sys.stderr)
