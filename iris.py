@@ -132,7 +132,6 @@ def make_parser():
     add_argument("--layers", 10, "transformer blocks")
     add_argument("--width", 256, "D, a multiple of the 4 heads")
     add_argument("--dropout", 0.1, "on embedding, attention and residuals")
-    add_argument("--reward-loss", "cross-entropy", "the text has mse", choices=("cross-entropy", "mse"))
     add_argument("--policy-size", 64, "pixels that the policy sees, a side", choices=(16, 32, 64))
     add_argument("--lstm-size", 512, "L: size of the policy's memory")
     # Dreams, and what the policy makes of them.
@@ -589,10 +588,9 @@ class WorldModel(nn.Module):
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList(Block(D, args.dropout) for _ in range(args.layers))
         self.ln_f = nn.LayerNorm(D)
-        rewards = 3 if args.reward_loss == "cross-entropy" else 1  # classes: the signs -1, 0, 1
         # Small networks instead of single matrices: three questions about one hidden state.
         self.head_token = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, V))
-        self.head_reward = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, rewards))
+        self.head_reward = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 3))  # -1, 0, 1
         self.head_end = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 2))
         # GPT's 0.02 leaves a narrow network nearly silent at first. The small preset has no time for
         # that: with this and the places below it learns several times as fast.
@@ -623,19 +621,13 @@ class WorldModel(nn.Module):
         return self.ln_f(x)
 
     def predict(self, tokens, actions):
-        """Segments -> logits of tokens (B, T K, V), rewards (B, T, 3 or 1) and ends (B, T, 2)."""
+        """Segments -> logits of tokens (B, T K, V), signs of rewards (B, T, 3), ends (B, T, 2)."""
         K = self.tokens_per_frame
         h = self(self.embed(tokens, actions)).unflatten(1, (-1, K + 1))  # (B, T, K + 1, D)
         at_action = h[:, :, K]
         predicting = torch.cat([h[:, :, : K - 1], h[:, :, K:]], dim=2)  # see the table above
         logits = self.head_token(predicting).flatten(1, 2)
         return logits.float(), self.head_reward(at_action).float(), self.head_end(at_action).float()
-
-    def expected_reward(self, logits):
-        """What `predict` says of rewards (..., 3 or 1) -> the mean of the sign (...)."""
-        if logits.shape[-1] == 1:
-            return logits[..., 0]
-        return logits.softmax(-1) @ logits.new_tensor([-1.0, 0.0, 1.0])
 
     def loss(self, tokens, actions, rewards, ends, valid):
         """Segments (B, T, ...) -> loss, metrics: of tokens, rewards, ends, each a mean where valid."""
@@ -645,12 +637,8 @@ class WorldModel(nn.Module):
         targets = tokens.masked_fill(~valid[..., None], -100).flatten(1)[:, 1:]  # (B, T K - 1)
         token_loss = F.cross_entropy(token_logits[:, :-1].flatten(0, 1), targets.flatten())
         # Signs, since games pay in ones or in thousands, and all are to be learned at one rate.
-        if reward_logits.shape[-1] == 3:
-            classes = (rewards.sign().long() + 1).masked_fill(~valid, -100)  # (B, T)
-            reward_loss = F.cross_entropy(reward_logits.flatten(0, 1), classes.flatten())
-        else:
-            errors = (reward_logits[..., 0] - rewards.sign()).square()
-            reward_loss = (errors * valid).sum() / valid.sum()
+        signs = (rewards.sign().long() + 1).masked_fill(~valid, -100)  # (B, T) classes
+        reward_loss = F.cross_entropy(reward_logits.flatten(0, 1), signs.flatten())
         ends = ends.masked_fill(~valid, -100)
         end_loss = F.cross_entropy(end_logits.flatten(0, 1), ends.flatten())
         metrics = dict(token_loss=token_loss, reward_loss=reward_loss, end_loss=end_loss)
@@ -802,8 +790,7 @@ def imagine(agent, steps, frames, valid, tokens, actions, given=None):
         pair = torch.stack([pending, world_model.action_embedding(action)], dim=1)  # (B, 2, D)
         h = world_model(pair, caches, position)[:, -1]  # (B, D), at the action
         position += 2
-        reward = world_model.head_reward(h).float()  # (B, 3): logits of the signs; or (B, 1): mse
-        reward = sample(reward) - 1.0 if reward.shape[1] == 3 else reward[:, 0]
+        reward = sample(world_model.head_reward(h)) - 1.0  # a sign
         end = sample(world_model.head_end(h)).float()  # the loss leaves out what follows an end
         frame_tokens = []
         for k in range(world_model.tokens_per_frame):
@@ -1115,7 +1102,8 @@ def health(agent, recording, T):
     metrics["copy_accuracy"] = (tokens[:, :-1].flatten() == targets).float().mean()
     metrics["token_cross_entropy"] = F.cross_entropy(logits, targets)
     # Rewards are rare: never to predict one has a low loss, and teaches the policy nothing.
-    expected = agent.world_model.expected_reward(reward).flatten().round()
+    chances = reward.softmax(-1).flatten(0, 1)  # of the signs -1, 0, 1
+    expected = (chances[:, 2] - chances[:, 0]).round()
     hits = ((expected == rewards.sign()) & (rewards != 0)).sum()
     metrics["reward_recall"] = hits / (rewards != 0).sum().clamp(min=1)
     metrics["reward_precision"] = hits / (expected != 0).sum().clamp(min=1)

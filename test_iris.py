@@ -268,10 +268,9 @@ def test_cached_steps_equal_the_full_pass():
     assert start == x.shape[1]
 
 
-@pytest.mark.parametrize("reward_loss", ["cross-entropy", "mse"])
-def test_world_model_loss(reward_loss):
+def test_world_model_loss():
     """The three losses are naive ones' means over what may be predicted; padding is in none."""
-    args = tiny_args("--reward-loss", reward_loss)
+    args = tiny_args()
     world_model = bold_agent(args).world_model
     tokens, actions = random_text(args)
     rewards = 3 * torch.randn(2, 6)
@@ -286,10 +285,7 @@ def test_world_model_loss(reward_loss):
         h = hidden[b, 17 * t + 16]  # at the action
         prediction = world_model.head_reward(h)
         sign = int(np.sign(float(rewards[b, t])))
-        if reward_loss == "mse":
-            naive["reward_loss"].append((prediction[0] - sign) ** 2)
-        else:
-            naive["reward_loss"].append(-prediction.log_softmax(-1)[sign + 1])
+        naive["reward_loss"].append(-prediction.log_softmax(-1)[sign + 1])
         naive["end_loss"].append(-world_model.head_end(h).log_softmax(-1)[ends[b, t]])
         for k in range(16):
             before = 17 * t + k - 1  # the position that predicts token k of step t
@@ -328,9 +324,7 @@ def naive_dream(agent, tokens, past_actions, frame, state, steps, actions=None, 
         dreamt["actions"].append(action)
         text = read(world_model.action_embedding(action))
         h = world_model(text)[:, -1]
-        reward = world_model.head_reward(h)
-        reward = draw(reward) - 1.0 if reward.shape[1] == 3 else reward[:, 0]
-        dreamt["rewards"].append(reward)
+        dreamt["rewards"].append(draw(world_model.head_reward(h)) - 1.0)
         dreamt["ends"].append(draw(world_model.head_end(h)).float())
         words = []
         while len(words) < tokens.shape[2]:
@@ -347,7 +341,7 @@ def naive_dream(agent, tokens, past_actions, frame, state, steps, actions=None, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("context, given", [(1, False), (3, False), (2, True)])
-@pytest.mark.parametrize("flags", ["--layers 2", "--reward-loss mse --tokens-per-frame 64"])
+@pytest.mark.parametrize("flags", ["--layers 2", "--tokens-per-frame 64"])
 def test_dream_equals_step_by_step(context, given, flags):
     """With the same random numbers, a dream is the dream by the book; given actions are obeyed. It
     begins with the last real frame and the memory of those before, in which padding has no part."""
@@ -699,8 +693,7 @@ def test_evaluation_repeats_itself():
     assert first[0].tolist() != other[0].tolist()
 
 
-@pytest.mark.parametrize("reward_loss", ["cross-entropy", "mse"])
-def test_health(reward_loss, monkeypatch):
+def test_health(monkeypatch):
     """Metrics of two segments of two steps and two tokens; the fifth step is left over."""
     tokens = torch.tensor([[0, 1], [0, 2], [1, 1], [1, 1]])
     frames = torch.zeros(5, 64, 64, 3, dtype=torch.uint8)
@@ -713,10 +706,9 @@ def test_health(reward_loss, monkeypatch):
     chances[:, 2, 1] = 1 / 2  # token 1; wrong, right
     chances[:, ::3, 2] = 99.0  # about other frames
     rewards = torch.tensor([0.0, 2.0, -5.0, 1.0, 7.0])
-    told = torch.tensor([0.3, 0.8, -0.4, -3.0])  # means no, yes, no, no
-    if reward_loss == "cross-entropy":
-        told = 9.0 * F.one_hot(told.round().sign().long() + 1)
-    answers = chances.log(), told.view(2, 2, -1), None
+    told = torch.tensor([[0.1, 0.5, 0.4], [0.0, 0.2, 0.8], [0.5, 0.4, 0.1], [1.0, 0.0, 0.0]])
+    # means: 0.3, 0.8, -0.4, -1; no, yes, no, yes
+    answers = chances.log(), told.log().view(2, 2, 3), None
     agent = bold_agent(tiny_args())
     monkeypatch.setattr(agent.tokenizer, "encode", lambda x: tokens)
     monkeypatch.setattr(agent.tokenizer, "decode", lambda tokens: drawn)
