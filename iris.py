@@ -63,7 +63,7 @@ SMALL = """
     --sequence-length 12 --layers 2 --width 128 --dropout 0 --policy-size 32 --lstm-size 256
     --burn-in 4 --context 3 --horizon 10 --gamma 0.97 --entropy-coef 0.002 --no-mixed-precision
 """
-MAY_CHANGE = ("epochs", "device", "mixed_precision", "final_games", "tensorboard")  # by --resume
+MAY_CHANGE = ("epochs", "device", "mixed_precision", "final_games")  # by --resume
 
 
 class InputError(ValueError):
@@ -97,7 +97,6 @@ def make_parser():
     add_argument("--device", device, "where to compute", choices=sorted({"cpu", device}))
     add_argument("--mixed-precision", True, "bfloat16: fast on GPUs from Ampere on, CPUs with AMX")
     add_argument("--torch-deterministic", False, "repeatable on a GPU too, but slower")
-    add_argument("--tensorboard", False, "write events for TensorBoard as well")
     # The schedule: an epoch collects real steps, then trains each network for some updates. A
     # network that starts too early learns from another that knows nothing yet.
     add_argument("--epochs", 600, "epochs of the run")
@@ -984,10 +983,6 @@ def train(args, folder):
     history = []  # one row of metrics per epoch
     if args.resume:
         history = load_run(folder, agent, optimizers, game, replay)
-    if args.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter  # here, since most do without
-
-        board = SummaryWriter(folder)
     save_run(folder, args, history, agent, optimizers, game, replay)
     # Both are called thousands of times with inputs of few shapes: what a CUDA graph is made for.
     act = accelerate(agent.act, args)
@@ -1023,9 +1018,6 @@ def train(args, folder):
             write_pictures(agent, args, recording, folder / "media" / f"epoch_{epoch:03d}")
             row |= dict(eval_return=result["mean"], **result["health"])
         row |= dict(real_steps=replay.size, seconds=time.time() - begun)
-        for name, value in row.items():
-            if args.tensorboard:
-                board.add_scalar(name, value, epoch)
         history.append(row)
         save_run(folder, args, history, agent, optimizers, game, replay)
         shown = ", ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row)

@@ -1061,7 +1061,6 @@ REFUSED = {  # flags -> what the one line names; RUN is a whole run
     "--no-such-flag": "--no-such-flag",
     "--epoch 3": "--epoch",
     "--perceptual-loss": "LPIPS",
-    "--tensorboard": "tensorboard",
     f"--run-dir {__file__}/runs": "test_iris.py",
     "--resume nowhere": "nowhere",
     "--eval nowhere.pt": "nowhere.pt",
@@ -1081,7 +1080,6 @@ def test_refused(flags, whole_run, tmp_path, capfd, monkeypatch):
     """Flags that cannot work: code 2, one line that names them, and no folder is left."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(iris, "VGG_URL", "http://127.0.0.1:9/vgg16-397923af.pth")
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.delenv("DISPLAY", raising=False)
     before = contents(whole_run)
     setting = [] if "RUN" in flags else [*TINY, *SCHEDULE, "--run-dir", str(tmp_path / "runs")]
