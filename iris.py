@@ -91,7 +91,6 @@ def make_parser():
     modes.add_argument("--play", type=Path, metavar="RUN", help="you play inside its world model")
     add_argument("--env", "Pong", "game: Pong, or ALE/Pong-v5")
     add_argument("--preset", "auto", "auto: paper on CUDA, else small", choices=("auto", "paper", "small"))
-    add_argument("--exp-name", "iris", "goes into the run's name")
     add_argument("--run-dir", "runs", "folder for the folders of runs")
     add_argument("--seed", 1, "of networks, sampling and games")
     add_argument("--device", device, "where to compute", choices=sorted({"cpu", device}))
@@ -1376,7 +1375,7 @@ def main(argv=None):
             return 0
         # The process's number keeps two runs apart that begin in the same second.
         now = time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
-        name = f"{args.game.replace('/', '-')}__{args.exp_name}__{args.seed}__{now}"
+        name = f"{args.game.replace('/', '-')}__iris__{args.seed}__{now}"
         folder = args.run if args.resume else Path(args.run_dir, name)
         train(args, folder)
         return 0
