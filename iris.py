@@ -95,7 +95,6 @@ def make_parser():
     add_argument("--seed", 1, "of networks, sampling and games")
     add_argument("--device", device, "where to compute", choices=sorted({"cpu", device}))
     add_argument("--mixed-precision", True, "bfloat16: fast on GPUs from Ampere on, CPUs with AMX")
-    add_argument("--torch-deterministic", False, "repeatable on a GPU too, but slower")
     # The schedule: an epoch collects real steps, then trains each network for some updates. A
     # network that starts too early learns from another that knows nothing yet.
     add_argument("--epochs", 600, "epochs of the run")
@@ -1367,8 +1366,7 @@ def main(argv=None):
     folder = None
     try:
         args = parse_args(argv)
-        torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-        torch.backends.cudnn.benchmark = not args.torch_deterministic
+        torch.backends.cudnn.benchmark = True
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan each of a dream's 300 shapes
         if args.eval or args.dream or args.play:
             look_into(args)
