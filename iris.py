@@ -1081,7 +1081,7 @@ def health(agent, recording, T):
     contrast = (x - x.median(dim=0).values).abs()  # the error if only the background were drawn
     moving = (contrast > 0.2).float()
     lost = (moving * error).sum() / (moving * contrast).sum().clamp(min=1)
-    metrics = dict(psnr=-10 * (error / 2).square().mean().log10(), moving_contrast_kept=1 - lost)
+    metrics = dict(moving_contrast_kept=1 - lost)
     # The world model must beat "each token stays what it was a frame ago".
     tokens = tokens.unflatten(0, (count, T))
     logits, reward, _ = agent.world_model.predict(tokens, actions.unflatten(0, (count, T)))
@@ -1096,7 +1096,6 @@ def health(agent, recording, T):
     expected = (chances[:, 2] - chances[:, 0]).round()
     hits = ((expected == rewards.sign()) & (rewards != 0)).sum()
     metrics["reward_recall"] = hits / (rewards != 0).sum().clamp(min=1)
-    metrics["reward_precision"] = hits / (expected != 0).sum().clamp(min=1)
     return {name: float(value) for name, value in metrics.items()}
 
 
