@@ -88,7 +88,6 @@ def make_parser():
     modes.add_argument("--resume", type=Path, metavar="RUN", help="continue it; --epochs may be raised")
     modes.add_argument("--eval", type=Path, metavar="RUN", help="whole games; or the authors' Pong.pt")
     modes.add_argument("--dream", type=Path, metavar="RUN", help="picture and film of its dreams")
-    modes.add_argument("--play", type=Path, metavar="RUN", help="you play inside its world model")
     add_argument("--env", "Pong", "game: Pong, or ALE/Pong-v5")
     add_argument("--preset", "auto", "auto: paper on CUDA, else small", choices=("auto", "paper", "small"))
     add_argument("--run-dir", "runs", "folder for the folders of runs")
@@ -148,7 +147,7 @@ def parse_args(argv=None):
     # The first pass finds out where the defaults of the second one come from: a run, or a preset.
     args = parser.parse_args(argv)
     device = args.device
-    run = args.resume or args.eval or args.dream or args.play
+    run = args.resume or args.eval or args.dream
     saved = {}
     if run is not None:
         saved = read_checkpoint(run).get("args", {})
@@ -1248,11 +1247,10 @@ def to_pixels(frames):
     return frames.to(torch.uint8).movedim(-3, -1).cpu().numpy()
 
 
-def draw(rows, scale=3):
-    """Rows of RGB frames (R, n, 64, 64, 3) uint8 -> an image for OpenCV, which wants BGR."""
+def draw(rows):
+    """Rows of RGB frames (R, n, 64, 64, 3) uint8 -> three times as large, for OpenCV: BGR."""
     image = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
-    image = image.repeat(scale, axis=0).repeat(scale, axis=1)
-    return cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    return cv2.cvtColor(image.repeat(3, axis=0).repeat(3, axis=1), cv2.COLOR_RGB2BGR)
 
 
 @torch.no_grad()
@@ -1302,41 +1300,9 @@ def write_pictures(agent, args, recording, folder):
     write_atomically(folder / "dream.gif", gif)
 
 
-@torch.no_grad()
-def play(agent, args, recording):
-    """The world model as a game, in a window; you are the policy."""
-    keys = gym.make(args.env).unwrapped.get_keys_to_action()  # such as ("w", " "): up and fire
-    moves = {pressed[0]: action for pressed, action in keys.items() if len(pressed) == 1}
-    print("keys: w a s d, space to fire, r: another start, q: quit", flush=True)
-    recorded = agent.tokenizer.encode(to_network(recording[0]))  # (n, K)
-    key = "r"
-    while key != "q":
-        if key == "r":
-            start = torch.randint(len(recorded), (1,))
-            tokens = recorded[None, start]  # (1, 1, K)
-            actions = tokens.new_zeros(1, 1)
-            score, end = 0.0, False
-        elif not end:
-            actions[0, -1] = moves.get(key, 0)
-            seen = agent.tokenizer.decode(tokens[0, [-1, -1]])[None]  # for the policy: it is not asked
-            valid = torch.ones(1, 2, device=tokens.device)
-            dreamt = imagine(agent, 1, seen, valid, tokens, actions, actions[:, -1:])
-            score += float(dreamt["rewards"])
-            end = bool(dreamt["ends"])
-            # One place of T is for the next frame: the oldest has to go.
-            tokens = torch.cat([tokens, dreamt["tokens"][:, 1:]], dim=1)[:, 1 - args.sequence_length :]
-            actions = F.pad(actions, (0, 1))[:, 1 - args.sequence_length :]
-        image = to_pixels(agent.tokenizer.decode(tokens[:, -1]))
-        cv2.imshow("iris", draw([image], scale=8))
-        cv2.setWindowTitle("iris", f"rewards {score:+g}" + (", the end: press r" if end else ""))
-        key = chr(cv2.waitKey(66) & 255)  # 15 frames a second, less the time of a dream
-
-
 # ---- 12. Command line ----------------------------------------------------------------------------
 def look_into(args):
-    """--eval, --dream and --play: what a run, or an authors' checkpoint, has learned."""
-    if args.play and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        raise InputError("--play opens a window, and there is no display (--dream writes pictures)")
+    """--eval and --dream: what a run, or an authors' checkpoint, has learned."""
     state = read_checkpoint(args.run)
     agent = Agent(args, int(make_env(args.env).single_action_space.n)).to(args.device).eval()
     load_weights(agent, state, args.run)
@@ -1349,13 +1315,9 @@ def look_into(args):
         name = time.strftime("eval-%Y%m%d-%H%M%S.json")  # eval.json is what training wrote
         write_atomically(results / name, json.dumps(result, indent=1).encode())
         print(summary(result))
-        return
-    # Dreams need real frames to begin with: those of a game that the agent plays now.
-    _, recording = play_games(agent, act, args, 1, max_steps=1000)
-    if args.dream:
+    else:  # dreams begin with real frames: those of a game that the agent plays now
+        _, recording = play_games(agent, act, args, 1, max_steps=1000)
         write_pictures(agent, args, recording, results / "media" / "dream")
-    else:
-        play(agent, args, recording)
 
 
 def main(argv=None):
@@ -1367,7 +1329,7 @@ def main(argv=None):
         args = parse_args(argv)
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan each of a dream's 300 shapes
-        if args.eval or args.dream or args.play:
+        if args.eval or args.dream:
             look_into(args)
             return 0
         # The process's number keeps two runs apart that begin in the same second.

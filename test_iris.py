@@ -75,13 +75,12 @@ def random_text(args, batch=2, steps=6):
     return tokens, torch.randint(6, (batch, steps))
 
 
-def watch_dreams(monkeypatch, change=lambda dreamt: None):
+def watch_dreams(monkeypatch):
     """-> list that will hold (tokens, past actions, given actions, dream) of every dream."""
     original, seen = iris.imagine, []
 
     def watched(agent, steps, frames, valid, tokens, actions, given=None):
         dreamt = original(agent, steps, frames, valid, tokens, actions, given)
-        change(dreamt)
         seen.append((tokens, actions[:, :-1].clone(), given, dreamt))
         return dreamt
 
@@ -750,14 +749,14 @@ def test_summary():
     assert "human" not in iris.summary(result | dict(game="Klax"))
 
 
-# ---- Pictures and play ---------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
 def watch_drawing(monkeypatch):
     """-> list that will hold the rows of every image that is drawn."""
     draw, images = iris.draw, []
 
-    def watched(rows, **options):
+    def watched(rows):
         images.append(np.array(rows))
-        return draw(rows, **options)
+        return draw(rows)
 
     monkeypatch.setattr(iris, "draw", watched)
     return images
@@ -803,41 +802,6 @@ def test_pictures_show_what_the_model_says(tmp_path, monkeypatch):
             assert np.array_equal(images.pop(1), [[frame.numpy(), image]])
     _, animation = cv2.imreadanimation(str(tmp_path / "dream.gif"))
     assert len(images) == 1 and len(animation.frames) == 36
-
-
-def test_play(monkeypatch, capfd):
-    """Keys are actions on the last frames, r begins anew, after an end only r helps, q leaves."""
-    args = tiny_args()
-    agent = bold_agent(args)
-    script = list("r dax d! arqw")
-    taken = [1, 2, 3, 0, 1, 2, 0]  # x means nothing in Pong; at ! the dream ends
-    keys, pressed, titles = iter(script), [], []
-
-    def press(milliseconds):
-        pressed.append(next(keys))
-        return ord(pressed[-1])
-
-    def fate(dreamt):
-        dreamt["ends"][:] = pressed[-1] == "!"
-
-    monkeypatch.setattr(cv2, "imshow", lambda name, image: None)
-    monkeypatch.setattr(cv2, "setWindowTitle", lambda name, title: titles.append(title))
-    monkeypatch.setattr(cv2, "waitKey", press)
-    dreamt = watch_dreams(monkeypatch, fate)
-    iris.play(agent, args, [torch.randint(256, (9, 64, 64, 3), dtype=torch.uint8)])
-    assert "q: quit" in capfd.readouterr().out
-    assert pressed == script[:-1]  # nothing is asked after q
-    assert [int(given) for _, _, given, _ in dreamt] == taken
-    shown, score = dreamt[0][0], 0.0  # all tokens since r
-    for i, (tokens, past, _, result) in enumerate(dreamt):
-        length = min(i + 1, args.sequence_length - 1)  # a place is left for the next frame
-        assert torch.equal(tokens, shown[:, -length:])
-        assert past[0].tolist() == taken[i - length + 1 : i]
-        shown = torch.cat([shown, result["tokens"][:, 1:]], dim=1)
-        score += float(result["rewards"])
-        assert titles[i + 2].startswith(f"rewards {score:+g}")
-    assert all("press r" in title for title in titles[8:11])  # after it keys do nothing
-    assert titles[11] == "rewards +0"
 
 
 # ---- The command line, on real Pong --------------------------------------------------------------
@@ -1063,7 +1027,6 @@ REFUSED = {  # flags -> what the one line names; RUN is a whole run
     "--resume nowhere": "nowhere",
     "--eval nowhere.pt": "nowhere.pt",
     "--eval a --dream b": "--dream",
-    "--play RUN": "display",
     "--eval RUN --layers 3": "does not fit",
     "--dream RUN --env Breakout": "does not fit",
     "--resume RUN --layers 3": "--layers",
@@ -1078,7 +1041,6 @@ def test_refused(flags, whole_run, tmp_path, capfd, monkeypatch):
     """Flags that cannot work: code 2, one line that names them, and no folder is left."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(iris, "VGG_URL", "http://127.0.0.1:9/vgg16-397923af.pth")
-    monkeypatch.delenv("DISPLAY", raising=False)
     before = contents(whole_run)
     setting = [] if "RUN" in flags else [*TINY, *SCHEDULE, "--run-dir", str(tmp_path / "runs")]
     try:
