@@ -253,6 +253,7 @@ class Game:
 
 # ---- 3. Replay: every real step, and what the tokenizer makes of it ------------------------------
 CHUNK = 256  # frames tokenized at once; always as many, so that a frame always gives the same bits
+SAVED_COLUMNS = ("starts", "actions", "rewards", "ends")  # frames have a file, the rest is computed
 
 
 class Replay:
@@ -366,12 +367,8 @@ def make_encoder(sizes, C, E):
         if size > sizes[-1]:  # halve it; padded on the right and at the bottom only
             layers[f"down_{i}_pad"] = nn.ZeroPad2d((0, 1, 0, 1))
             layers[f"down_{i}_downsample"] = nn.Conv2d(C, C, 3, stride=2)
-    layers["mid_block_1"] = ResBlock(C)
-    layers["mid_attn_1"] = SpatialAttention(C)
-    layers["mid_block_2"] = ResBlock(C)
-    layers["norm_out"] = GroupNorm(32, C)
-    layers["silu"] = nn.SiLU()
-    layers["conv_out"] = nn.Conv2d(C, E, 3, padding=1)
+    layers.update(mid_block_1=ResBlock(C), mid_attn_1=SpatialAttention(C), mid_block_2=ResBlock(C))
+    layers.update(norm_out=GroupNorm(32, C), silu=nn.SiLU(), conv_out=nn.Conv2d(C, E, 3, padding=1))
     layers["pre_quant_conv"] = nn.Conv2d(E, E, 1)
     return nn.Sequential(layers)
 
@@ -380,9 +377,7 @@ def make_decoder(sizes, C, E):
     """Latents (N, E, g, g) -> frames (N, 3, 64, 64): the encoder backwards, one block deeper."""
     layers = OrderedDict(post_quant_conv=nn.Conv2d(E, E, 1))
     layers["conv_in"] = nn.Conv2d(E, C, 3, padding=1)
-    layers["mid_block_1"] = ResBlock(C)
-    layers["mid_attn_1"] = SpatialAttention(C)
-    layers["mid_block_2"] = ResBlock(C)
+    layers.update(mid_block_1=ResBlock(C), mid_attn_1=SpatialAttention(C), mid_block_2=ResBlock(C))
     for i, size in reversed(list(enumerate(sizes))):
         for j in range(3):
             layers[f"up_{i}_block_{j}"] = ResBlock(C)
@@ -391,9 +386,7 @@ def make_decoder(sizes, C, E):
         if size < 64:
             layers[f"up_{i}_double"] = nn.Upsample(scale_factor=2)  # nearest neighbour
             layers[f"up_{i}_upsample"] = nn.Conv2d(C, C, 3, padding=1)
-    layers["norm_out"] = GroupNorm(32, C)
-    layers["silu"] = nn.SiLU()
-    layers["conv_out"] = nn.Conv2d(C, 3, 3, padding=1)
+    layers.update(norm_out=GroupNorm(32, C), silu=nn.SiLU(), conv_out=nn.Conv2d(C, 3, 3, padding=1))
     return nn.Sequential(layers)
 
 
@@ -480,6 +473,9 @@ class Tokenizer(nn.Module):
             distance = distance.minimum(gap)
 
 
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+HEADS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
+HEADS_NAME = "lpips_vgg-a78928a0.pth"  # in torch hub's cache; the hash is checked
 VGG_STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # torchvision's numbers
 
 
@@ -501,11 +497,6 @@ def lpips(weights, x, y):
             head = weights[f"lin{stage}.model.1.weight"]  # how much each channel matters to people
             distance = distance + F.conv2d(difference, head).mean((1, 2, 3))
     return distance
-
-
-VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-HEADS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
-HEADS_NAME = "lpips_vgg-a78928a0.pth"  # in torch hub's cache; the hash is checked
 
 
 def load_lpips(device):
@@ -669,7 +660,6 @@ class ActorCritic(nn.Module):
         self.cnn.to(memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
 
     def initial_state(self, batch):
-        """An empty memory."""
         empty = self.actor.weight.new_zeros(batch, self.lstm.hidden_size)
         return empty, empty
 
@@ -739,8 +729,7 @@ class Agent(nn.Module):
 
     def act(self, frames, h, c, temperature):
         """Real frames (N, 64, 64, 3), memory, temperature (a scalar) -> actions (N,), memory."""
-        # The policy grew up in dreams. So that reality looks the same, it is decoded from tokens,
-        # too.
+        # The policy grew up in dreams. So that reality looks the same, it is decoded, too.
         seen = self.tokenizer.decode(self.tokenizer.encode(to_network(frames)))
         logits, _, (h, c) = self.actor_critic(seen[:, None], (h, c))
         return sample(logits[:, 0] / temperature.clamp(min=1e-3)), h, c  # at 0 the likeliest
@@ -761,7 +750,7 @@ def imagine(agent, steps, frames, valid, tokens, actions, given=None):
     policy's memory before them."""
     # The policy gets the past as decoded frames (B, T, 3, 64, 64), with valid (B, T) false on
     # padding; the world model as tokens (B, n, K) and actions (B, n) of the last n steps. The last
-    # action is ignored: the policy chooses its own, or `given` (B, H - 1) does.
+    # action is ignored, since the policy chooses its own, or `given` (B, H - 1) does:
     #     padding | real frames, for the policy's memory | the last one | H - 1 dreamt frames
     #      skipped   burn-in                                acts on it     acts on all but the last
     world_model = agent.world_model
@@ -801,8 +790,7 @@ def imagine(agent, steps, frames, valid, tokens, actions, given=None):
         for name, value in step.items():
             lists[name].append(value)
     dreamt = {name: torch.stack(values, dim=1) for name, values in lists.items()}
-    dreamt["state"] = start
-    return dreamt
+    return dict(dreamt, state=start)
 
 
 def accelerate(function, args):
@@ -1150,9 +1138,6 @@ def read_checkpoint(path):
         raise InputError(f"{path} is missing, damaged, or no checkpoint ({error!r:.80})") from None
 
 
-SAVED_COLUMNS = ("starts", "actions", "rewards", "ends")  # frames have a file, the rest is computed
-
-
 def save_run(folder, args, history, agent, optimizers, game, replay):
     """Writes all that the next epoch needs; for people, metrics.csv and config.json."""
     # New frames go to the end of a file of their own, since a checkpoint with all of them would be
@@ -1322,8 +1307,7 @@ def look_into(args):
 
 def main(argv=None):
     """Command line -> exit code: 0 done, 1 training diverged, 2 bad input, 130 stopped."""
-    # The one place where errors become a line for people. Mistakes in the program keep their
-    # traceback.
+    # The one place where errors become a line for people. Mistakes in the program stay tracebacks.
     folder = None
     try:
         args = parse_args(argv)
