@@ -718,7 +718,6 @@ def test_health(monkeypatch):
         "moving_contrast_kept": 1 / 2,
         "token_accuracy": 1 / 2,
         "copy_accuracy": 3 / 4,
-        "token_cross_entropy": 1.5 * math.log(2),
         "reward_recall": 1 / 3,
     }
     assert metrics == pytest.approx(by_hand, rel=1e-4)
