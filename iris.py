@@ -1221,39 +1221,35 @@ def load_weights(agent, state, path):
 
 
 # ---- 11. Pictures: a world model is something to look at -----------------------------------------
-def to_pixels(frames):
-    """Frames (..., 3, 64, 64) in [-1, 1] -> (..., 64, 64, 3) uint8 in numpy."""
-    frames = ((frames.float() + 1) * 127.5).round().clamp(0, 255)
-    return frames.to(torch.uint8).movedim(-3, -1).cpu().numpy()
-
-
 def draw(rows):
-    """Rows of RGB frames (R, n, 64, 64, 3) uint8 -> three times as large, for OpenCV: BGR."""
-    image = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
-    return cv2.cvtColor(image.repeat(3, axis=0).repeat(3, axis=1), cv2.COLOR_RGB2BGR)
+    """Rows of frames (R, n, 3, 64, 64) in [-1, 1] -> an image, three times as large, for OpenCV."""
+    pixels = ((rows.float() + 1) * 127.5).round().to(torch.uint8)
+    image = pixels.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (64 R, 64 n, 3)
+    image = image.repeat_interleave(3, dim=0).repeat_interleave(3, dim=1)
+    return image.flip(-1).cpu().numpy()  # BGR
 
 
 @torch.no_grad()
 def write_pictures(agent, args, recording, folder):
     """dream.png and dream.gif: a recorded real game, as tokenizer and world model see it."""
     frames, actions, rewards = recording
-    tokens = agent.tokenizer.encode(to_network(frames))  # (n, K)
+    real = to_network(frames)  # (n, 3, 64, 64)
+    tokens = agent.tokenizer.encode(real)  # (n, K)
     decoded = agent.tokenizer.decode(tokens)
-    real = frames.cpu().numpy()
     torch.manual_seed(args.seed)
     # A picture's segment is T steps: the world model knows the first half, and dreams the second.
     T = min(args.sequence_length, len(frames))
     known = T // 2
 
     def dream_on(first, as_played):
-        """-> pixels (T, 64, 64, 3) of the segment that begins with frame `first`."""
+        """-> frames (T, 3, 64, 64) of the segment that begins with frame `first`."""
         past = torch.arange(first, first + known, device=frames.device)
         seen = F.pad(past, (1, 0), value=first)  # one padding frame, so that there is a burn-in
         valid = torch.arange(known + 1, device=frames.device)[None] > 0
         given = actions[None, first + known - 1 : first + T - 1] if as_played else None
         text = tokens[None, past], actions[None, past]
         dreamt = imagine(agent, T - known, decoded[None, seen], valid, *text, given)
-        return to_pixels(torch.cat([decoded[past[:-1]], dreamt["frames"][0]]))
+        return torch.cat([decoded[past[:-1]], dreamt["frames"][0]])
 
     # The picture: around the first reward, which tells most about a world model, or in the middle
     # of the game. Rows: real; decoded; dreamt with the actions really played; three other futures,
@@ -1261,18 +1257,17 @@ def write_pictures(agent, args, recording, folder):
     scored = rewards.nonzero().flatten().tolist() + [len(frames) // 2]
     first = max(0, min(scored[0] - known, len(frames) - T))
     part = slice(first, first + T)
-    rows = [real[part], to_pixels(decoded[part]), dream_on(first, True)]
+    rows = [real[part], decoded[part], dream_on(first, True)]
     for _ in range(3):
         rows.append(dream_on(first, False))
-    _, png = cv2.imencode(".png", draw(rows))
+    _, png = cv2.imencode(".png", draw(torch.stack(rows)))
     write_atomically(folder / "dream.png", png)
 
     # The film: real beside dreamt; the dream begins again from real frames every half of T.
     images = []
     for first in range(0, min(len(frames) - T, 200) + 1, T - known):
-        dreamt = dream_on(first, True)
-        for i in range(known, T):
-            images.append(draw([[real[first + i], dreamt[i]]]))
+        pairs = torch.stack([real[first : first + T], dream_on(first, True)], dim=1)
+        images += [draw(pair[None]) for pair in pairs[known:]]
     animation = cv2.Animation()
     animation.frames = images
     animation.durations = np.full(len(images), 80)  # milliseconds

@@ -75,6 +75,11 @@ def random_text(args, batch=2, steps=6):
     return tokens, torch.randint(6, (batch, steps))
 
 
+def to_pixels(frames):
+    """Frames (n, 3, 64, 64) in [-1, 1] -> (n, 64, 64, 3) uint8."""
+    return ((frames + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
+
+
 def watch_dreams(monkeypatch):
     """-> list that will hold (tokens, past actions, given actions, dream) of every dream."""
     original, seen = iris.imagine, []
@@ -754,7 +759,7 @@ def watch_drawing(monkeypatch):
     draw, images = iris.draw, []
 
     def watched(rows):
-        images.append(np.array(rows))
+        images.append(rows)
         return draw(rows)
 
     monkeypatch.setattr(iris, "draw", watched)
@@ -776,29 +781,30 @@ def test_pictures_show_what_the_model_says(tmp_path, monkeypatch):
     images = watch_drawing(monkeypatch)
     dreamt = watch_dreams(monkeypatch)
     iris.write_pictures(agent, args, (frames, actions, rewards), tmp_path)
-    pixels = [iris.to_pixels(result["frames"][0]) for *_, result in dreamt]
+    drawn = [result["frames"][0] for *_, result in dreamt]
     real, decoded, given, *futures = images[0]
     window = slice(17, 23)  # the six steps around the first reward
-    assert np.array_equal(real, frames[window].numpy())
-    assert np.array_equal(decoded, iris.to_pixels(agent.tokenizer.decode(tokens[window])))
-    assert np.array_equal(given[:3], decoded[:3])  # half of the steps is known
-    assert np.array_equal(given[2:], pixels[0])
+    assert torch.equal(real, x[window])
+    close(decoded, agent.tokenizer.decode(tokens[window]))
+    assert torch.equal(given[:3], decoded[:3])  # half of the steps is known
+    assert torch.equal(given[2:], drawn[0])
     assert torch.equal(dreamt[0][2][0], actions[19:22])
     assert [played for _, _, played, _ in dreamt[1:4]] == [None] * 3  # here the policy acts
-    assert len(futures) == 3 and not np.array_equal(futures[0], futures[1])
-    for future, drawn in zip(futures, pixels[1:4]):
-        assert np.array_equal(future[2:], drawn)
+    assert len(futures) == 3 and not torch.equal(futures[0], futures[1])
+    for future, dream in zip(futures, drawn[1:4]):
+        assert torch.equal(future[2:], dream)
     picture = cv2.imread(str(tmp_path / "dream.png"))[1::3, 1::3, ::-1]
-    assert np.array_equal(picture[:64], np.concatenate(list(real), axis=1))
-    assert np.array_equal(picture[-64:], np.concatenate(list(futures[2]), axis=1))
+    for i, row in enumerate(images[0]):
+        assert np.array_equal(picture[64 * i : 64 * i + 64], np.concatenate(list(to_pixels(row)), axis=1))
+    assert torch.equal(to_pixels(real), frames[window])
     first = 0  # frame that the film's next dream knows
-    for (known, past, played, _), drawn in zip(dreamt[4:], pixels[4:]):
+    for (known, past, played, _), dream in zip(dreamt[4:], drawn[4:]):
         assert torch.equal(known[0], tokens[first : first + 3])
         assert torch.equal(past[0], actions[first : first + 2])
         assert torch.equal(played[0], actions[first + 2 : first + 5])
         first += 3
-        for frame, image in zip(frames[first:], drawn[1:]):
-            assert np.array_equal(images.pop(1), [[frame.numpy(), image]])
+        for pair in zip(x[first:], dream[1:]):
+            assert torch.equal(images.pop(1), torch.stack(pair)[None])
     _, animation = cv2.imreadanimation(str(tmp_path / "dream.gif"))
     assert len(images) == 1 and len(animation.frames) == 36
 
@@ -1349,7 +1355,7 @@ def ball(run):
         raw.step(actions[-1])
     frames = torch.stack(frames)
     tokens = agent.tokenizer.encode(iris.to_network(frames).to(args.device))
-    drawn = torch.from_numpy(iris.to_pixels(agent.tokenizer.decode(tokens)))
+    drawn = to_pixels(agent.tokenizer.decode(tokens).cpu())
     shown, place = find_ball(frames)
     known = ~place.isnan().any(1)
     pairs = np.concatenate([place, memory], axis=1)[known]
@@ -1365,7 +1371,7 @@ def ball(run):
     valid = torch.ones(past.shape[:2], device=args.device)
     torch.manual_seed(0)
     dreamt = iris.imagine(agent, 5, seen, valid, past, played[:, :5], played[:, 4:9])
-    _, guess = find_ball(torch.from_numpy(iris.to_pixels(dreamt["frames"][:, 5])))
+    _, guess = find_ball(to_pixels(dreamt["frames"][:, 5].cpu()))
     before, now, later = place[window[:, [3, 4, 9]]].unbind(1)
     print(f"the ball five steps after {len(past)} frames, mean error in pixels:")
     print(f"  dreamt {(guess - later).norm(dim=1).nanmean():.1f}")
