@@ -74,10 +74,9 @@ def make_parser():
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def add_argument(name, default, text, choices=None):
+        options = dict(type=type(default), choices=choices)
         if isinstance(default, bool):
             options = dict(action=argparse.BooleanOptionalAction)  # --name and --no-name
-        else:
-            options = dict(type=type(default), choices=choices)
         parser.add_argument(name, default=default, help=text, **options)
 
     # The modes; without one, it trains.
@@ -181,11 +180,10 @@ def parse_args(argv=None):
 
 # ---- 2. Environment: real Atari frames, two hours of them ----------------------------------------
 def make_env(env_id, num_envs=1, training=True):
-    """-> a gymnasium VectorEnv: frames (num_envs, 1, h, w, 3) uint8 RGB, discrete actions, ends as
-    `terminations`, info["lives"], info["episode_frame_number"]. For your own game, change this."""
+    """-> a gymnasium VectorEnv of RGB frames (num_envs, 1, h, w, 3) uint8. Change it for another game."""
     # An action is held for 4 raw frames; the maximum of the last two is seen, since Atari draws
     # some things in every other frame. In training games begin with up to 30 no-ops, and a lost
-    # life ends the episode without restarting the game.
+    # life is a termination, but the game goes on. Of the infos, Game reads "episode_frame_number".
     try:
         height, width, _ = gym.make(env_id).observation_space.shape
         seen = dict(img_height=height, img_width=width, grayscale=False, stack_num=1, frameskip=4)
@@ -210,7 +208,8 @@ class Game:
     """Real games, one after another, across epochs and across restarts of the program."""
 
     # Game number n is seeded with seed + n, and the emulator has no other randomness. So n and the
-    # actions since its start *are* its state: a checkpoint holds just that.
+    # actions since its start *are* its state: a checkpoint holds just that, and playing the actions
+    # again restores the emulator exactly.
     def __init__(self, env_id, seed):
         self.env = make_env(env_id)
         self.seed = seed
@@ -286,8 +285,9 @@ class Replay:
 
     def sample(self, batch, steps, drawn="first"):
         """Segments of T = `steps` steps -> index (B, T) into the columns, valid (B, T)."""
-        # Episodes are drawn uniformly, not steps, so that ends come up more often. Then one of the
-        # episode's steps s is drawn, as the first of the segment or as its last:
+        # Episodes are drawn uniformly, not steps, so that ends come up more often; the running
+        # episode is one of them. Then one of its steps s is drawn, as the first of the segment or
+        # as its last:
         #   "first", the world model:   s  s+1  s+2  -   -     padding if the episode ends too early
         #   "last", the policy:         -   -    0  ...  s     padding if it begins too late
         # Padding repeats the episode's edge; `valid`, false there, keeps it out of every loss.
@@ -756,8 +756,9 @@ def imagine(agent, steps, frames, valid, tokens, actions, given=None):
     frame = frames[:, -1]
     lists = dict(frames=[frame], tokens=[tokens[:, -1]], actions=[], rewards=[], ends=[])
     start = state
-    # Keys and values of the past are cached. A frame's last token predicts nothing and waits for
-    # the action; the two go in together, so that the K + 1 positions of a step cost K passes.
+    # Keys and values of the past are cached, so that a new position costs one position, not all.
+    # A frame's last token predicts nothing and waits for the action; the two go in together, so
+    # that the K + 1 positions of a step cost K passes.
     embedded = world_model.embed(tokens, actions)[:, :-1]
     pending = embedded[:, -1]
     positions, D = world_model.pos_emb.weight.shape
