@@ -1317,8 +1317,8 @@ def main(argv=None):
         code, message = 130, "stopped"
     except FloatingPointError as error:
         code, message = 1, str(error)
-    except (InputError, ImportError, OSError, MemoryError, RuntimeError, cv2.error) as error:
-        # Torch says in RuntimeErrors of its own, or of an allocator, what is wrong with a machine.
+    except (InputError, OSError, MemoryError, RuntimeError, cv2.error) as error:
+        # Torch's own kinds of RuntimeError, and an allocator's, are about the machine.
         if type(error) is RuntimeError and "alloc" not in str(error):
             raise
         code, message = 2, str(error)
