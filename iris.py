@@ -638,8 +638,7 @@ class ActorCritic(nn.Module):
 
     def __init__(self, args, num_actions):
         super().__init__()
-        # A small eye: four times a convolution and half the resolution. 64 pixels: no pooling
-        # before.
+        # A small eye: four times a convolution and half the resolution.
         layers = [nn.AvgPool2d(64 // args.policy_size)]
         channels = 3
         for width in (32, 32, 64, 64):
@@ -809,8 +808,7 @@ def accelerate(function, args):
     def run_graph(*inputs):
         shapes = tuple(x.shape for x in inputs)
         if shapes not in graphs:  # the clones are where later inputs will be copied to
-            clones = tuple(x.clone() for x in inputs)
-            graphs[shapes] = torch.cuda.make_graphed_callables(run, clones)
+            graphs[shapes] = torch.cuda.make_graphed_callables(run, tuple(x.clone() for x in inputs))
         return graphs[shapes](*inputs)
 
     return run_graph if args.device == "cuda" else run
@@ -1229,8 +1227,8 @@ def draw(rows):
     """Rows of frames (R, n, 3, 64, 64) in [-1, 1] -> an image, three times as large, for OpenCV."""
     pixels = ((rows.float() + 1) * 127.5).round().to(torch.uint8)
     image = pixels.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (64 R, 64 n, 3)
-    image = image.repeat_interleave(3, dim=0).repeat_interleave(3, dim=1)
-    return image.flip(-1).cpu().numpy()  # BGR
+    image = image.flip(-1).cpu().numpy()  # BGR
+    return cv2.resize(image, None, fx=3, fy=3, interpolation=cv2.INTER_NEAREST)
 
 
 @torch.no_grad()
@@ -1262,8 +1260,7 @@ def write_pictures(agent, args, recording, folder):
     first = max(0, min(scored[0] - known, len(frames) - T))
     part = slice(first, first + T)
     rows = [real[part], decoded[part], dream_on(first, True)]
-    for _ in range(3):
-        rows.append(dream_on(first, False))
+    rows += [dream_on(first, False) for _ in range(3)]
     _, png = cv2.imencode(".png", draw(torch.stack(rows)))
     write_atomically(folder / "dream.png", png)
 
