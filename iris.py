@@ -210,9 +210,9 @@ def resize(frames):
 class Game:
     """Real games, one after another, across epochs and across restarts of the program."""
 
-    # Game number n is seeded with seed + n, and the emulator has no other randomness. So n and the
-    # actions since its start *are* its state: a checkpoint holds just that, and playing the actions
-    # again restores the emulator exactly.
+    # Game number n is seeded with seed + n, and the emulator has no other randomness. So a list of
+    # actions *is* all that it showed: a checkpoint holds just that, and playing them again brings
+    # back every frame and every reward.
     def __init__(self, env_id, seed):
         self.env = make_env(env_id)
         self.seed = seed
@@ -225,12 +225,10 @@ class Game:
         self.frame = resize(frames)[0]  # (64, 64, 3)
         self.opens = True
         self.number = number
-        self.actions = []
         self.score = 0.0
 
     def step(self, action):
         """-> reward, end (out of time does not count), the game's score if it is over, else None."""
-        self.actions.append(action)
         frames, rewards, terminated, truncated, info = self.env.step(np.array([action]))
         reward = float(rewards[0])
         self.opens = bool(terminated[0] or truncated[0])
@@ -252,7 +250,6 @@ class Game:
 
 # ---- 3. Replay: every real step, and what the tokenizer makes of it ------------------------------
 CHUNK = 256  # frames tokenized at once; always as many, so that a frame always gives the same bits
-SAVED_COLUMNS = ("starts", "actions", "rewards", "ends")  # frames have a file, the rest is computed
 
 
 class Replay:
@@ -273,7 +270,6 @@ class Replay:
         self.tokens = zeros(n, args.tokens_per_frame)
         self.reconstructions = zeros(n, 3, 64, 64, dtype=precision)
         self.size = self.episodes = 0
-        self.saved = 0  # so many frames are on disk
 
     def add(self, frame, action, reward, end, opens):
         """Appends a step; `opens` says that it is the first of an episode."""
@@ -967,7 +963,7 @@ def train(args, folder):
     history = []  # one row of metrics per epoch
     if args.resume:
         history = load_run(folder, agent, optimizers, game, replay)
-    save_run(folder, args, history, agent, optimizers, game, replay)
+    save_run(folder, args, history, agent, optimizers, replay)
     # Both are called thousands of times with inputs of few shapes: what a CUDA graph is made for.
     act = accelerate(agent.act, args)
     dreamer = accelerate(partial(imagine, agent, args.horizon - 1), args)
@@ -1003,7 +999,7 @@ def train(args, folder):
             row |= dict(eval_return=result["mean"], **result["health"])
         row |= dict(real_steps=replay.size, seconds=time.time() - begun)
         history.append(row)
-        save_run(folder, args, history, agent, optimizers, game, replay)
+        save_run(folder, args, history, agent, optimizers, replay)
         shown = ", ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row)
         left = (args.epochs - epoch) * row["seconds"] / 60
         print(f"epoch {epoch}/{args.epochs}: {shown}, {left:.0f} min left at this pace", flush=True)
@@ -1106,21 +1102,16 @@ def summary(result):
 
 
 # ---- 10. Checkpoints: a run's own, and the authors' ----------------------------------------------
-def append(path, start, data):
-    """Cuts a file off at byte `start`, appends the data, and waits until the disk has them."""
+def write_atomically(path, data):
+    """All of the bytes or none: no reader, and no power cut, ever meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        file.truncate(start)
+    temporary = path.with_name(path.name + ".tmp")
+    # A rename is atomic, a write is not; fsync, so that the bytes are there before the name is.
+    with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def write_atomically(path, data):
-    """All of the bytes or none: no reader, and no power cut, ever meets half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    append(temporary, 0, data)
-    os.replace(temporary, path)  # a rename is atomic, a write is not
+    os.replace(temporary, path)
 
 
 def read_checkpoint(path):
@@ -1135,19 +1126,12 @@ def read_checkpoint(path):
         raise InputError(f"{path} is missing, damaged, or no checkpoint ({error!r:.80})") from None
 
 
-def save_run(folder, args, history, agent, optimizers, game, replay):
+def save_run(folder, args, history, agent, optimizers, replay):
     """Writes all that the next epoch needs; for people, metrics.csv and config.json."""
-    # New frames go to the end of a file of their own, since a checkpoint with all of them would be
-    # 1.2 GB. What an epoch appended that was killed before its checkpoint is cut off.
-    new = replay.frames[replay.saved : replay.size].cpu().numpy()
-    append(folder / "frames.bin", replay.frames[: replay.saved].nbytes, new)
-    replay.saved = replay.size
     saved_args = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
     state = dict(args=saved_args, history=history, agent=agent.state_dict())
     state["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-    state["columns"] = {name: getattr(replay, name)[: replay.size].clone() for name in SAVED_COLUMNS}
-    state["episodes"] = replay.episodes
-    state["game"] = game.number, game.actions  # all that the emulator needs, see Game
+    state["columns"] = dict(actions=replay.actions[: replay.size].clone())  # all it takes, see Game
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(folder / "checkpoint.pt", buffer.getbuffer())
@@ -1165,20 +1149,12 @@ def load_run(folder, agent, optimizers, game, replay):
     # Adam's averages too: without them the next updates would be others.
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
-    # The emulator cannot be saved, but the same game can be played again, up to the same point.
-    number, actions = state["game"]
-    game.begin(number)
-    for action in actions:
-        game.step(action)
-    replay.size = replay.saved = len(state["columns"]["actions"])
-    replay.episodes = state["episodes"]
-    for name, column in state["columns"].items():
-        getattr(replay, name)[: replay.size] = column
-    known = replay.frames[: replay.size]
-    frames = np.fromfile(folder / "frames.bin", np.uint8, known.nbytes)
-    if len(frames) < known.nbytes:
-        raise InputError(f"{folder}/frames.bin is damaged: it has not all {replay.size} frames")
-    known.copy_(torch.from_numpy(frames).view_as(known))
+    # Two minutes for 100,000 steps, where the frames would be 1.2 GB in every run's folder.
+    actions = state["columns"]["actions"].tolist()
+    for i in progress(len(actions), "play again"):
+        frame, opens = game.frame, game.opens
+        reward, end, _ = game.step(actions[i])
+        replay.add(frame, actions[i], reward, end, opens)
     return state["history"]
 
 
