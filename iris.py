@@ -89,10 +89,12 @@ def make_parser():
     modes.add_argument("--dream", type=Path, metavar="RUN", help="picture and film of its dreams")
     add_argument("--env", "Pong", "game: Pong, or ALE/Pong-v5")
     add_argument("--preset", "auto", "auto: paper on CUDA, else small", choices=("auto", "paper", "small"))
+    add_argument("--exp-name", "iris", "goes into the run's name")
     add_argument("--run-dir", "runs", "folder for the folders of runs")
     add_argument("--seed", 1, "of networks, sampling and games")
     add_argument("--device", device, "where to compute", choices=sorted({"cpu", device}))
     add_argument("--mixed-precision", True, "bfloat16: fast on GPUs from Ampere on, CPUs with AMX")
+    add_argument("--torch-deterministic", False, "repeatable on a GPU too, but slower")
     # The schedule: an epoch collects real steps, then trains each network for some updates. A
     # network that starts too early learns from another that knows nothing yet.
     add_argument("--epochs", 600, "epochs of the run")
@@ -1246,14 +1248,23 @@ def write_pictures(agent, args, recording, folder):
         return torch.cat([decoded[past[:-1]], dreamt["frames"][0]])
 
     # The picture: around the first reward, which tells most about a world model, or in the middle
-    # of the game. Rows: real; decoded; dreamt with the actions really played; three other futures,
-    # in which the policy acts.
+    # of the game. Rows: real, with the rewards that came; decoded, with what the world model
+    # expects; dreamt with the actions really played; three other futures, in which the policy acts.
     scored = rewards.nonzero().flatten().tolist() + [len(frames) // 2]
     first = max(0, min(scored[0] - known, len(frames) - T))
     part = slice(first, first + T)
     rows = [real[part], decoded[part], dream_on(first, True)]
     rows += [dream_on(first, False) for _ in range(3)]
-    _, png = cv2.imencode(".png", draw(torch.stack(rows)))
+    image = draw(torch.stack(rows))
+    _, signs, ends = agent.world_model.predict(tokens[None, part], actions[None, part])
+    signs, ends = signs[0].softmax(-1), ends[0].softmax(-1)
+    for i in range(T):
+        came = f"real {rewards[first + i]:+g}"
+        expected = f"expected {signs[i, 2] - signs[i, 0]:+.2f}, end {ends[i, 1]:.2f}"
+        for row, text in enumerate((came, expected, "known" if i < known else "dreamt")):
+            place = (192 * i + 4, 192 * row + 188)
+            cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 0, 255))
+    _, png = cv2.imencode(".png", image)
     write_atomically(folder / "dream.png", png)
 
     # The film: real beside dreamt; the dream begins again from real frames every half of T.
@@ -1294,14 +1305,15 @@ def main(argv=None):
     folder = None
     try:
         args = parse_args(argv)
-        torch.backends.cudnn.benchmark = True
+        torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+        torch.backends.cudnn.benchmark = not args.torch_deterministic
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan each of a dream's 300 shapes
         if args.eval or args.dream:
             look_into(args)
             return 0
         # The process's number keeps two runs apart that begin in the same second.
         now = time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
-        name = f"{args.game.replace('/', '-')}__iris__{args.seed}__{now}"
+        name = f"{args.game.replace('/', '-')}__{args.exp_name}__{args.seed}__{now}"
         folder = args.run if args.resume else Path(args.run_dir, name)
         train(args, folder)
         return 0

@@ -780,6 +780,8 @@ def test_pictures_show_what_the_model_says(tmp_path, monkeypatch):
     rewards[20] = -2.0
     images = watch_drawing(monkeypatch)
     dreamt = watch_dreams(monkeypatch)
+    captions, write = [], cv2.putText
+    monkeypatch.setattr(cv2, "putText", lambda image, text, *how: [captions.append(text), write(image, text, *how)])
     iris.write_pictures(agent, args, (frames, actions, rewards), tmp_path)
     drawn = [result["frames"][0] for *_, result in dreamt]
     real, decoded, given, *futures = images[0]
@@ -795,8 +797,16 @@ def test_pictures_show_what_the_model_says(tmp_path, monkeypatch):
         assert torch.equal(future[2:], dream)
     picture = cv2.imread(str(tmp_path / "dream.png"))[1::3, 1::3, ::-1]
     for i, row in enumerate(images[0]):
-        assert np.array_equal(picture[64 * i : 64 * i + 64], np.concatenate(list(to_pixels(row)), axis=1))
+        above = to_pixels(row)[:, :56]  # the captions
+        assert np.array_equal(picture[64 * i : 64 * i + 56], np.concatenate(list(above), axis=1))
     assert torch.equal(to_pixels(real), frames[window])
+    _, signs, ends = agent.world_model.predict(tokens[None, window], actions[None, window])
+    expected = signs[0].softmax(-1) @ torch.tensor([-1.0, 0.0, 1.0])
+    for i in range(6):
+        came = "real -2" if i == 3 else "real +0"
+        assert captions[3 * i] == came
+        assert captions[3 * i + 1] == f"expected {expected[i]:+.2f}, end {ends[0].softmax(-1)[i, 1]:.2f}"
+        assert captions[3 * i + 2] == ("known" if i < 3 else "dreamt")
     first = 0  # frame that the film's next dream knows
     for (known, past, played, _), dream in zip(dreamt[4:], drawn[4:]):
         assert torch.equal(known[0], tokens[first : first + 3])
