@@ -58,7 +58,8 @@ SMALL = """
     --epochs 10 --collect-epochs 10 --collect-steps 4000 --eval-every 5 --eval-games 4 --final-games 30
     --tokenizer-start 1 --world-model-start 1 --actor-critic-start 4
     --tokenizer-updates 20 --world-model-updates 400 --actor-critic-updates 40
-    --tokenizer-batch 64 --world-model-batch 8 --world-model-lr 1e-3 --actor-critic-lr 1e-3
+    --tokenizer-batch 64 --world-model-batch 8 --actor-critic-batch 64 --actor-critic-minibatch 16
+    --world-model-lr 1e-3 --actor-critic-lr 1e-3
     --local-tokens --no-perceptual-loss --reconstruction-loss l2
     --sequence-length 12 --layers 2 --width 128 --dropout 0 --policy-size 32 --lstm-size 256
     --burn-in 4 --context 3 --horizon 10 --gamma 0.97 --entropy-coef 0.002 --no-mixed-precision
@@ -105,10 +106,11 @@ def make_parser():
     add_argument("--actor-critic-start", 51, "first epoch that trains the policy")
     add_argument("--tokenizer-updates", 200, "updates an epoch")
     add_argument("--world-model-updates", 200, "updates an epoch")
-    add_argument("--actor-critic-updates", 200, "updates an epoch")
+    add_argument("--actor-critic-updates", 200, "batches of dreams an epoch")
     add_argument("--tokenizer-batch", 256, "frames of an update")
     add_argument("--world-model-batch", 64, "segments of an update")
-    add_argument("--actor-critic-batch", 64, "dreams of an update")
+    add_argument("--actor-critic-batch", 64, "dreams side by side")
+    add_argument("--actor-critic-minibatch", 64, "of them in an update")
     add_argument("--tokenizer-lr", 1e-4, "learning rate of Adam")
     add_argument("--world-model-lr", 1e-4, "learning rate of AdamW")
     add_argument("--actor-critic-lr", 1e-4, "learning rate of Adam")
@@ -691,7 +693,7 @@ class ActorCritic(nn.Module):
         """A dream, as `imagine` returns it -> loss, metrics; appendix B."""
         # The dream was played without gradient; this pass over its frames has it. Its actions were
         # sampled from this very policy, so that their log-probabilities are its own.
-        logits, values, _ = self(dreamt["frames"], dreamt["state"])  # (B, H, A), (B, H)
+        logits, values, _ = self(dreamt["frames"], dreamt["state"].unbind(1))  # (B, H, A), (B, H)
         rewards, ends = dreamt["rewards"], dreamt["ends"]  # (B, H - 1)
         returns = lambda_returns(rewards, values.detach(), ends, args.gamma, args.td_lambda)
         # What is dreamt after an end is worth nothing: it takes no part in any of the losses.
@@ -801,7 +803,7 @@ def imagine(agent, steps, frames, valid, tokens, actions, given=None):
         for name, value in step.items():
             lists[name].append(value)
     dreamt = {name: torch.stack(values, dim=1) for name, values in lists.items()}
-    return dict(dreamt, state=start)
+    return dict(dreamt, state=torch.stack(start, dim=1))
 
 
 def accelerate(function, args):
@@ -946,11 +948,13 @@ def train_actor_critic(actor_critic, optimizer, replay, args, dreamer):
         # What the world model knows; where the episode is younger, its first frame, repeated.
         last = index[:, -args.context :]
         dreamt = dreamer(replay.reconstructions[index], valid, replay.tokens[last], replay.actions[last])
-        with autocast(args):
-            loss, metrics = actor_critic.loss(dreamt, args)
-        loss.backward()
-        metrics["actor_critic_gradient"] = descend(actor_critic, optimizer)
-        history.append(metrics)
+        # The small preset makes several updates of a batch, since updates are what it is short of.
+        for part in torch.arange(args.actor_critic_batch).split(args.actor_critic_minibatch):
+            with autocast(args):
+                loss, metrics = actor_critic.loss({name: x[part] for name, x in dreamt.items()}, args)
+            loss.backward()
+            metrics["actor_critic_gradient"] = descend(actor_critic, optimizer)
+            history.append(metrics)
     return means(history)
 
 

@@ -366,7 +366,7 @@ def test_dream_equals_step_by_step(context, given, flags):
         if first < 4:
             states[b] = agent.actor_critic(seen[b : b + 1, first:4], states[b])[2]
     state = tuple(torch.cat(pair) for pair in zip(*states))
-    for x, expected in zip(fast["state"], state):
+    for x, expected in zip(fast["state"].unbind(1), state):
         close(x, expected, 1e-4, 1e-5)
     torch.manual_seed(2)
     slow = naive_dream(agent, tokens, actions[:, :-1], seen[:, -1], state, steps, played)
@@ -406,7 +406,8 @@ def test_lambda_returns_are_means():
 
 def naive_policy_loss(policy, dreamt, args):
     """The policy stepped through the dream frame by frame, its losses summed step by step."""
-    rewards, ends, state = dreamt["rewards"], dreamt["ends"], dreamt["state"]
+    rewards, ends = dreamt["rewards"], dreamt["ends"]
+    state = dreamt["state"].unbind(1)
     values, scores, entropies = [], [], []
     for t in range(5):
         logits, value, state = policy(dreamt["frames"][:, t : t + 1], state)
@@ -437,7 +438,7 @@ def test_actor_critic_loss():
     dreamt = dict(frames=torch.rand(4, 5, 3, 64, 64) * 2 - 1, ends=ends)
     dreamt["actions"] = torch.randint(6, (4, 4))
     dreamt["rewards"] = torch.randint(-1, 2, (4, 4)).float()
-    dreamt["state"] = tuple(torch.randn(2, 4, 16))
+    dreamt["state"] = torch.randn(4, 2, 16)
     loss, _ = policy.loss(dreamt, args)
     naive = naive_policy_loss(policy, dreamt, args)
     close(loss, naive, 1e-5)
@@ -445,6 +446,40 @@ def test_actor_critic_loss():
     for gradient, expected in zip(actual, torch.autograd.grad(naive, parameters)):
         assert expected.abs().max() > 1e-3
         close(gradient, expected, 1e-3, 1e-5)
+
+
+def test_whitened_pixels():
+    """What the small preset's policy sees of a frame: distances from the mean, in standard deviations."""
+    policy = bold_agent(tiny_args()).actor_critic
+    scale = torch.rand(3, 64, 64) * (torch.rand(3, 64, 64) > 0.3)  # some pixels never change
+    policy.adapt(torch.randn(100, 3, 64, 64) * scale + 0.3)
+    frames = torch.randn(50, 3, 64, 64) * scale + 0.3
+    policy.adapt(frames)  # the frames before are forgotten
+    pooled = frames.view(50, 3, 16, 4, 16, 4).mean((3, 5))
+    distance = (pooled - pooled.mean(0)) / (pooled.var(0) + 0.05**2).sqrt()
+    whitened = policy.cnn[:5](frames)
+    close(whitened, distance.clamp(-5, 5), 1e-3, 1e-4)
+    assert whitened.std() > 0.5 and policy.cnn[:5](10 * frames).abs().max() == 5
+
+
+def test_minibatches_make_up_the_dream():
+    """Each dream of a batch takes part in one update, with all that belongs to it."""
+    args = tiny_args("--actor-critic-updates", "1", "--actor-critic-minibatch", "24")
+    agent = bold_agent(args)
+    dreams, parts, loss = [], [], agent.actor_critic.loss
+
+    def dreamer(frames, valid, tokens, actions):
+        dreams.append(iris.imagine(agent, 4, frames, valid, tokens, actions))
+        return dreams[0]
+
+    agent.actor_critic.loss = lambda part, args: [parts.append(part), loss(part, args)][1]
+    before = agent.actor_critic.actor.weight.clone()
+    optimizer = iris.make_optimizers(agent, args)["actor_critic"]
+    iris.train_actor_critic(agent.actor_critic, optimizer, filled_replay(), args, dreamer)
+    assert [len(part["frames"]) for part in parts] == [24, 24, 16]
+    for name, x in dreams[0].items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), x)
+    assert not torch.equal(agent.actor_critic.actor.weight, before)
 
 
 def test_dreams_begin_in_the_replay():
@@ -474,7 +509,7 @@ def test_dreams_begin_in_the_replay():
 @pytest.mark.parametrize("name", ["tokenizer", "world_model", "actor_critic"])
 def test_no_update_waits_for_the_device(name, hub, monkeypatch):
     """On torch's meta device nothing has a value, and updates go through until means are read."""
-    args = tiny_args("--no-local-tokens")
+    args = tiny_args("--no-local-tokens", "--actor-critic-minibatch", "64")
     args.device = "meta"
     args.tokenizer_updates = args.world_model_updates = args.actor_critic_updates = 3
     monkeypatch.setenv("TORCH_HOME", str(hub))
@@ -1459,8 +1494,10 @@ def plain_updates(agent, optimizers, replay, args):
             _, _, state = policy(seen[:, :-1], state, valid[:, :-1])
         real = tokens[:, -1:], tokens[:, :0, 0], seen[:, -1]
         dreamt = naive_dream(agent, *real, state, args.horizon - 1, draw=iris.sample)
-        dreamt["state"] = state
-        update("actor_critic", policy.loss(dreamt, args)[0])
+        dreamt["state"] = torch.stack(state, dim=1)
+        for part in torch.arange(len(index)).split(args.actor_critic_minibatch):
+            some = {name: x[part] for name, x in dreamt.items()}
+            update("actor_critic", policy.loss(some, args)[0])
 
     return dict(tokenizer=tokenizer, world_model=world_model, actor_critic=actor_critic)
 
