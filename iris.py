@@ -62,7 +62,8 @@ SMALL = """
     --world-model-lr 1e-3 --actor-critic-lr 1e-3
     --local-tokens --no-perceptual-loss --reconstruction-loss l2
     --sequence-length 12 --layers 2 --width 128 --dropout 0 --policy-size 32 --lstm-size 256
-    --burn-in 4 --context 3 --horizon 10 --gamma 0.97 --entropy-coef 0.002 --no-mixed-precision
+    --burn-in 4 --context 3 --horizon 10 --gamma 0.97 --entropy-coef 0.002
+    --eval-temperature 1 --no-mixed-precision
 """
 MAY_CHANGE = ("epochs", "device", "mixed_precision", "final_games")  # by --resume
 
