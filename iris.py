@@ -53,7 +53,9 @@ import torch.nn.functional as F
 # ---- 1. Flags: every number of the paper in one place --------------------------------------------
 # The defaults are the paper's; where its text and the authors' code differ, the code's. The small
 # preset is the same idea for a machine without a GPU: smaller networks, tokens that are local
-# (section 4), a shorter schedule. It is these flags, put before yours, and other first weights.
+# (section 4), a shorter schedule. It is these flags, put before yours, other first weights, and a
+# policy that sees what moves (section 6). What a CPU is short of is updates, not real steps: it
+# collects 4000 of them in less than half a minute, and learns four times from a batch of dreams.
 SMALL = """
     --epochs 10 --collect-epochs 10 --collect-steps 4000 --eval-every 5 --eval-games 4 --final-games 30
     --tokenizer-start 1 --world-model-start 1 --actor-critic-start 4
@@ -65,7 +67,7 @@ SMALL = """
     --burn-in 4 --context 3 --horizon 10 --gamma 0.97 --entropy-coef 0.002
     --eval-temperature 1 --no-mixed-precision
 """
-MAY_CHANGE = ("epochs", "device", "mixed_precision", "final_games")  # by --resume
+MAY_CHANGE = ("epochs", "device", "mixed_precision", "final_games", "tensorboard")  # by --resume
 
 
 class InputError(ValueError):
@@ -88,6 +90,7 @@ def make_parser():
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--resume", type=Path, metavar="RUN", help="continue it; --epochs may be raised")
     modes.add_argument("--eval", type=Path, metavar="RUN", help="whole games; or the authors' Pong.pt")
+    modes.add_argument("--play", type=Path, metavar="RUN", help="you play inside its world model")
     modes.add_argument("--dream", type=Path, metavar="RUN", help="picture and film of its dreams")
     add_argument("--env", "Pong", "game: Pong, or ALE/Pong-v5")
     add_argument("--preset", "auto", "auto: paper on CUDA, else small", choices=("auto", "paper", "small"))
@@ -97,6 +100,7 @@ def make_parser():
     add_argument("--device", device, "where to compute", choices=sorted({"cpu", device}))
     add_argument("--mixed-precision", True, "bfloat16: fast on GPUs from Ampere on, CPUs with AMX")
     add_argument("--torch-deterministic", False, "repeatable on a GPU too, but slower")
+    add_argument("--tensorboard", False, "write events for TensorBoard as well")
     # The schedule: an epoch collects real steps, then trains each network for some updates. A
     # network that starts too early learns from another that knows nothing yet.
     add_argument("--epochs", 600, "epochs of the run")
@@ -132,6 +136,7 @@ def make_parser():
     add_argument("--layers", 10, "transformer blocks")
     add_argument("--width", 256, "D, a multiple of the 4 heads")
     add_argument("--dropout", 0.1, "on embedding, attention and residuals")
+    add_argument("--reward-loss", "cross-entropy", "the text has mse", choices=("cross-entropy", "mse"))
     add_argument("--policy-size", 64, "pixels that the policy sees, a side", choices=(16, 32, 64))
     add_argument("--lstm-size", 512, "L: size of the policy's memory")
     # Dreams, and what the policy makes of them.
@@ -151,7 +156,7 @@ def parse_args(argv=None):
     # The first pass finds out where the defaults of the second one come from: a run, or a preset.
     args = parser.parse_args(argv)
     device = args.device
-    run = args.resume or args.eval or args.dream
+    run = args.resume or args.eval or args.dream or args.play
     saved = {}
     if run is not None:
         saved = read_checkpoint(run).get("args", {})
@@ -578,7 +583,8 @@ class WorldModel(nn.Module):
         self.ln_f = nn.LayerNorm(D)
         # Small networks instead of single matrices: three questions about one hidden state.
         self.head_token = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, V))
-        self.head_reward = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 3))  # -1, 0, 1
+        rewards = 3 if args.reward_loss == "cross-entropy" else 1  # classes: the signs -1, 0, 1
+        self.head_reward = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, rewards))
         self.head_end = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 2))
         # GPT's 0.02 leaves a narrow network nearly silent at first. The small preset has no time for
         # that: with this and the places below it learns several times as fast.
@@ -609,13 +615,20 @@ class WorldModel(nn.Module):
         return self.ln_f(x)
 
     def predict(self, tokens, actions):
-        """Segments -> logits of tokens (B, T K, V), signs of rewards (B, T, 3), ends (B, T, 2)."""
+        """Segments -> logits of tokens (B, T K, V), rewards (B, T, 3 or 1), ends (B, T, 2)."""
         K = self.tokens_per_frame
         h = self(self.embed(tokens, actions)).unflatten(1, (-1, K + 1))  # (B, T, K + 1, D)
         at_action = h[:, :, K]
         predicting = torch.cat([h[:, :, : K - 1], h[:, :, K:]], dim=2)  # see the table above
         logits = self.head_token(predicting).flatten(1, 2)
         return logits.float(), self.head_reward(at_action).float(), self.head_end(at_action).float()
+
+    def expected_reward(self, logits):
+        """What `predict` says of rewards (..., 3 or 1) -> the mean of the sign (...)."""
+        if logits.shape[-1] == 1:
+            return logits[..., 0]
+        chances = logits.softmax(-1)
+        return chances[..., 2] - chances[..., 0]
 
     def loss(self, tokens, actions, rewards, ends, valid):
         """Segments (B, T, ...) -> loss, metrics: of tokens, rewards, ends, each a mean where valid."""
@@ -625,8 +638,13 @@ class WorldModel(nn.Module):
         targets = tokens.masked_fill(~valid[..., None], -100).flatten(1)[:, 1:]  # (B, T K - 1)
         token_loss = F.cross_entropy(token_logits[:, :-1].flatten(0, 1), targets.flatten())
         # Signs, since games pay in ones or in thousands, and all are to be learned at one rate.
-        signs = (rewards.sign().long() + 1).masked_fill(~valid, -100)  # (B, T) classes
-        reward_loss = F.cross_entropy(reward_logits.flatten(0, 1), signs.flatten())
+        signs = rewards.sign()  # (B, T)
+        if reward_logits.shape[-1] == 3:
+            classes = (signs.long() + 1).masked_fill(~valid, -100)
+            reward_loss = F.cross_entropy(reward_logits.flatten(0, 1), classes.flatten())
+        else:
+            errors = (reward_logits[..., 0] - signs).square()
+            reward_loss = (errors * valid).sum() / valid.sum()
         ends = ends.masked_fill(~valid, -100)
         end_loss = F.cross_entropy(end_logits.flatten(0, 1), ends.flatten())
         metrics = dict(token_loss=token_loss, reward_loss=reward_loss, end_loss=end_loss)
@@ -789,7 +807,8 @@ def imagine(agent, steps, frames, valid, tokens, actions, given=None):
         pair = torch.stack([pending, world_model.action_embedding(action)], dim=1)  # (B, 2, D)
         h = world_model(pair, caches, position)[:, -1]  # (B, D), at the action
         position += 2
-        reward = sample(world_model.head_reward(h)) - 1.0  # a sign
+        reward = world_model.head_reward(h).float()  # (B, 3): logits of the signs; or (B, 1): mse
+        reward = sample(reward) - 1.0 if reward.shape[1] == 3 else reward[:, 0]
         end = sample(world_model.head_end(h)).float()  # the loss leaves out what follows an end
         frame_tokens = []
         for k in range(world_model.tokens_per_frame):
@@ -986,6 +1005,10 @@ def train(args, folder):
     history = []  # one row of metrics per epoch
     if args.resume:
         history = load_run(folder, agent, optimizers, game, replay)
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # here, since most do without
+
+        board = SummaryWriter(folder)
     save_run(folder, args, history, agent, optimizers, replay)
     # Both are called thousands of times with inputs of few shapes: what a CUDA graph is made for.
     act = accelerate(agent.act, args)
@@ -1021,6 +1044,9 @@ def train(args, folder):
             write_pictures(agent, args, recording, folder / "media" / f"epoch_{epoch:03d}")
             row |= dict(eval_return=result["mean"], **result["health"])
         row |= dict(real_steps=replay.size, seconds=time.time() - begun)
+        for name, value in row.items():
+            if args.tensorboard:
+                board.add_scalar(name, value, epoch)
         history.append(row)
         save_run(folder, args, history, agent, optimizers, replay)
         shown = ", ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row)
@@ -1095,8 +1121,7 @@ def health(agent, recording, T):
     metrics["token_accuracy"] = (expected == tokens[:, 1:].flatten(1)).float().mean()
     metrics["copy_accuracy"] = (tokens[:, :-1] == tokens[:, 1:]).float().mean()
     # Rewards are rare: never to predict one has a low loss, and teaches the policy nothing.
-    chances = reward.softmax(-1).flatten(0, 1)  # of the signs -1, 0, 1
-    expected = (chances[:, 2] - chances[:, 0]).round()
+    expected = agent.world_model.expected_reward(reward).flatten().round()
     paid = rewards != 0
     metrics["reward_recall"] = (paid & (expected == rewards.sign())).sum() / paid.sum().clamp(min=1)
     return {name: float(value) for name, value in metrics.items()}
@@ -1151,10 +1176,11 @@ def read_checkpoint(path):
 
 def save_run(folder, args, history, agent, optimizers, replay):
     """Writes all that the next epoch needs; for people, metrics.csv and config.json."""
+    # Weights, Adam's averages, and the actions so far: frames, rewards and tokens follow from them.
     saved_args = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
     state = dict(args=saved_args, history=history, agent=agent.state_dict())
     state["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-    state["columns"] = dict(actions=replay.actions[: replay.size].clone())  # all it takes, see Game
+    state["columns"] = dict(actions=replay.actions[: replay.size].clone())  # see Game
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(folder / "checkpoint.pt", buffer.getbuffer())
@@ -1262,10 +1288,10 @@ def write_pictures(agent, args, recording, folder):
     rows += [dream_on(first, False) for _ in range(3)]
     image = draw(torch.stack(rows))
     _, signs, ends = agent.world_model.predict(tokens[None, part], actions[None, part])
-    signs, ends = signs[0].softmax(-1), ends[0].softmax(-1)
+    signs, ends = agent.world_model.expected_reward(signs[0]), ends[0].softmax(-1)
     for i in range(T):
         came = f"real {rewards[first + i]:+g}"
-        expected = f"expected {signs[i, 2] - signs[i, 0]:+.2f}, end {ends[i, 1]:.2f}"
+        expected = f"expected {signs[i]:+.2f}, end {ends[i, 1]:.2f}"
         for row, text in enumerate((came, expected, "known" if i < known else "dreamt")):
             place = (192 * i + 4, 192 * row + 188)
             cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 0, 255))
@@ -1284,9 +1310,40 @@ def write_pictures(agent, args, recording, folder):
     write_atomically(folder / "dream.gif", gif)
 
 
+@torch.no_grad()
+def play(agent, args, recording):
+    """The world model as a game, in a window; you are the policy."""
+    # Between two keys the world model dreams a single step, from as many of the last frames as fit.
+    # What it has forgotten it makes up.
+    keys = gym.make(args.env).unwrapped.get_keys_to_action()  # such as ("w", " "): up and fire
+    moves = {pressed[0]: action for pressed, action in keys.items() if len(pressed) == 1}
+    print("keys: w a s d, space to fire, r: another start, q: quit", flush=True)
+    recorded = agent.tokenizer.encode(to_network(recording[0]))  # (n, K)
+    key = "r"
+    while key != "q":
+        if key == "r":
+            tokens = recorded[None, torch.randint(len(recorded), (1,))]  # (1, 1, K)
+            actions = tokens.new_zeros(1, 1)
+            score, end = 0.0, False
+        elif not end:
+            actions[0, -1] = moves.get(key, 0)
+            seen = agent.tokenizer.decode(tokens[0, [-1, -1]])[None]  # for the policy: it is not asked
+            dreamt = imagine(agent, 1, seen, torch.ones(1, 2).to(seen), tokens, actions, actions[:, -1:])
+            score += float(dreamt["rewards"])
+            end = bool(dreamt["ends"])
+            # One place of T is for the next frame: the oldest has to go.
+            tokens = torch.cat([tokens, dreamt["tokens"][:, 1:]], dim=1)[:, 1 - args.sequence_length :]
+            actions = F.pad(actions, (0, 1))[:, 1 - args.sequence_length :]
+        cv2.imshow("iris", draw(agent.tokenizer.decode(tokens[:, -1])[None]))
+        cv2.setWindowTitle("iris", f"rewards {score:+g}" + (", the end: press r" if end else ""))
+        key = chr(cv2.waitKey(66) & 255)  # 15 frames a second, less the time of a dream
+
+
 # ---- 12. Command line ----------------------------------------------------------------------------
 def look_into(args):
-    """--eval and --dream: what a run, or an authors' checkpoint, has learned."""
+    """--eval, --dream and --play: what a run, or an authors' checkpoint, has learned."""
+    if args.play and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        raise InputError("--play opens a window, and there is no display (--dream writes pictures)")
     state = read_checkpoint(args.run)
     agent = Agent(args, int(make_env(args.env).single_action_space.n)).to(args.device).eval()
     load_weights(agent, state, args.run)
@@ -1299,9 +1356,13 @@ def look_into(args):
         name = time.strftime("eval-%Y%m%d-%H%M%S.json")  # eval.json is what training wrote
         write_atomically(results / name, json.dumps(result, indent=1).encode())
         print(summary(result))
-    else:  # dreams begin with real frames: those of a game that the agent plays now
-        _, recording = play_games(agent, act, args, 1, max_steps=1000)
+        return
+    # Dreams begin with real frames: those of a game that the agent plays now.
+    _, recording = play_games(agent, act, args, 1, max_steps=1000)
+    if args.dream:
         write_pictures(agent, args, recording, results / "media" / "dream")
+    else:
+        play(agent, args, recording)
 
 
 def main(argv=None):
@@ -1313,7 +1374,7 @@ def main(argv=None):
         torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not args.torch_deterministic
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan each of a dream's 300 shapes
-        if args.eval or args.dream:
+        if args.eval or args.dream or args.play:
             look_into(args)
             return 0
         # The process's number keeps two runs apart that begin in the same second.
@@ -1326,7 +1387,7 @@ def main(argv=None):
         code, message = 130, "stopped"
     except FloatingPointError as error:
         code, message = 1, str(error)
-    except (InputError, OSError, MemoryError, RuntimeError, cv2.error) as error:
+    except (InputError, ImportError, OSError, MemoryError, RuntimeError, cv2.error) as error:
         # Torch's own kinds of RuntimeError, and an allocator's, are about the machine.
         if type(error) is RuntimeError and "alloc" not in str(error):
             raise

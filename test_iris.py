@@ -80,12 +80,13 @@ def to_pixels(frames):
     return ((frames + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
 
 
-def watch_dreams(monkeypatch):
+def watch_dreams(monkeypatch, change=lambda dreamt: None):
     """-> list that will hold (tokens, past actions, given actions, dream) of every dream."""
     original, seen = iris.imagine, []
 
     def watched(agent, steps, frames, valid, tokens, actions, given=None):
         dreamt = original(agent, steps, frames, valid, tokens, actions, given)
+        change(dreamt)
         seen.append((tokens, actions[:, :-1].clone(), given, dreamt))
         return dreamt
 
@@ -272,9 +273,10 @@ def test_cached_steps_equal_the_full_pass():
     assert start == x.shape[1]
 
 
-def test_world_model_loss():
+@pytest.mark.parametrize("reward_loss", ["cross-entropy", "mse"])
+def test_world_model_loss(reward_loss):
     """The three losses are naive ones' means over what may be predicted; padding is in none."""
-    args = tiny_args()
+    args = tiny_args("--reward-loss", reward_loss)
     world_model = bold_agent(args).world_model
     tokens, actions = random_text(args)
     rewards = 3 * torch.randn(2, 6)
@@ -289,7 +291,10 @@ def test_world_model_loss():
         h = hidden[b, 17 * t + 16]  # at the action
         prediction = world_model.head_reward(h)
         sign = int(np.sign(float(rewards[b, t])))
-        naive["reward_loss"].append(-prediction.log_softmax(-1)[sign + 1])
+        if reward_loss == "mse":
+            naive["reward_loss"].append((prediction[0] - sign) ** 2)
+        else:
+            naive["reward_loss"].append(-prediction.log_softmax(-1)[sign + 1])
         naive["end_loss"].append(-world_model.head_end(h).log_softmax(-1)[ends[b, t]])
         for k in range(16):
             before = 17 * t + k - 1  # the position that predicts token k of step t
@@ -328,7 +333,9 @@ def naive_dream(agent, tokens, past_actions, frame, state, steps, actions=None, 
         dreamt["actions"].append(action)
         text = read(world_model.action_embedding(action))
         h = world_model(text)[:, -1]
-        dreamt["rewards"].append(draw(world_model.head_reward(h)) - 1.0)
+        reward = world_model.head_reward(h)
+        reward = draw(reward) - 1.0 if reward.shape[1] == 3 else reward[:, 0]
+        dreamt["rewards"].append(reward)
         dreamt["ends"].append(draw(world_model.head_end(h)).float())
         words = []
         while len(words) < tokens.shape[2]:
@@ -345,7 +352,7 @@ def naive_dream(agent, tokens, past_actions, frame, state, steps, actions=None, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("context, given", [(1, False), (3, False), (2, True)])
-@pytest.mark.parametrize("flags", ["--layers 2", "--tokens-per-frame 64"])
+@pytest.mark.parametrize("flags", ["--layers 2", "--reward-loss mse --tokens-per-frame 64"])
 def test_dream_equals_step_by_step(context, given, flags):
     """With the same random numbers, a dream is the dream by the book; given actions are obeyed. It
     begins with the last real frame and the memory of those before, in which padding has no part."""
@@ -463,14 +470,20 @@ def test_whitened_pixels():
     assert policy.cnn[:5](10 * frames).abs().max() == 5
 
 
-def test_minibatches_make_up_the_dream():
-    """Each dream of a batch takes part in one update, with all that belongs to it."""
+def test_dreams_begin_in_the_replay():
+    """Training's dreams know the tokens and actions of the last frames that the policy has seen, and
+    each of them takes part in one update."""
     args = tiny_args("--actor-critic-updates", "1", "--actor-critic-minibatch", "24")
     agent = bold_agent(args)
-    dreams, parts, loss = [], [], agent.actor_critic.loss
+    replay = filled_replay()
+    steps = torch.arange(len(replay.tokens))
+    replay.tokens[:] = steps[:, None] % 32
+    replay.reconstructions[:] = steps.view(-1, 1, 1, 1) / 300
+    seen, dreams, parts, loss = [], [], [], agent.actor_critic.loss
 
-    def dreamer(frames, valid, tokens, actions):
-        dreams.append(iris.imagine(agent, 4, frames, valid, tokens, actions))
+    def dreamer(*past):
+        seen.append(past)
+        dreams.append(iris.imagine(agent, 4, *past))
         return dreams[0]
 
     def watched(part, args):
@@ -478,36 +491,17 @@ def test_minibatches_make_up_the_dream():
         return loss(part, args)
 
     agent.actor_critic.loss = watched
-    before = agent.actor_critic.actor.weight.clone()
-    optimizer = iris.make_optimizers(agent, args)["actor_critic"]
-    iris.train_actor_critic(agent.actor_critic, optimizer, filled_replay(), args, dreamer)
-    assert [len(part["frames"]) for part in parts] == [24, 24, 16]
-    for name, x in dreams[0].items():
-        assert torch.equal(torch.cat([part[name] for part in parts]), x)
-    assert not torch.equal(agent.actor_critic.actor.weight, before)
-
-
-def test_dreams_begin_in_the_replay():
-    """Training's dreams know the tokens and actions of the last frames that the policy has seen."""
-    args = tiny_args("--actor-critic-updates", "1")
-    agent = bold_agent(args)
-    replay = filled_replay()
-    steps = torch.arange(len(replay.tokens))
-    replay.tokens[:] = steps[:, None] % 32
-    replay.reconstructions[:] = steps.view(-1, 1, 1, 1) / 300
-    seen = []
-
-    def dreamer(frames, valid, tokens, actions):
-        seen.append((frames, valid, tokens, actions))
-        return iris.imagine(agent, 4, frames, valid, tokens, actions)
-
     optimizer = iris.make_optimizers(agent, args)["actor_critic"]
     iris.train_actor_critic(agent.actor_critic, optimizer, replay, args, dreamer)
     ((frames, valid, tokens, actions),) = seen
     index = (frames[:, :, 0, 0, 0] * 300).round().long()  # (64, 5) steps of the replay
-    assert valid[:, -1].all() and not valid.all()
+    assert valid[:, -1].all()
+    assert not valid.all()
     assert torch.equal(tokens[..., 0], index[:, -2:] % 32)
     assert torch.equal(actions, replay.actions[index[:, -2:]])
+    assert [len(part["frames"]) for part in parts] == [24, 24, 16]
+    for name, x in dreams[0].items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), x)
 
 
 # ---- A GPU's time --------------------------------------------------------------------------------
@@ -648,7 +642,8 @@ def test_time_limit():
         assert game.step(0) == (0.0, False, score)
         assert game.opens == (t == 5000)
         _, _, terminated, truncated, _ = env.step(np.array([0]))
-        assert not terminated[0] and not truncated[0]
+        assert not terminated[0]
+        assert not truncated[0]
     assert game.number == 1
 
 
@@ -661,7 +656,8 @@ def test_games_against_the_emulator(name):
     first, score, scores, played = True, 0, [], []
     while len(scores) < 2:
         assert torch.equal(game.frame, iris.resize(raw.frame[None, None])[0])
-        assert game.opens == first and game.number == len(scores)
+        assert game.opens == first
+        assert game.number == len(scores)
         if len(scores) == 1 and again is None and raw.ale.getFrameNumber() > 400:
             again = iris.Game(f"ALE/{name}-v5", 40)
             for action in played:
@@ -677,12 +673,14 @@ def test_games_against_the_emulator(name):
         told = game.step(action)
         assert told == (reward, first, score if over else None)
         if again is not None:
-            assert again.step(action) == told and torch.equal(again.frame, game.frame)
+            assert again.step(action) == told
+            assert torch.equal(again.frame, game.frame)
         if over:
             scores.append(score)
             score = 0
             raw = RawGame(name, 40 + len(scores))
-    assert max(scores) > 0 and again is not None
+    assert max(scores) > 0
+    assert again is not None
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -737,7 +735,8 @@ def test_evaluation_repeats_itself():
     assert first[0].tolist() != other[0].tolist()
 
 
-def test_health(monkeypatch):
+@pytest.mark.parametrize("reward_loss", ["cross-entropy", "mse"])
+def test_health(reward_loss, monkeypatch):
     """Metrics of two segments of two steps and two tokens; the fifth step is left over."""
     tokens = torch.tensor([[0, 1], [0, 2], [1, 1], [1, 1]])
     frames = torch.zeros(5, 64, 64, 3, dtype=torch.uint8)
@@ -751,8 +750,10 @@ def test_health(monkeypatch):
     chances[:, ::3, 2] = 99.0  # about other frames
     rewards = torch.tensor([0.0, 2.0, -5.0, 1.0, 7.0])
     told = torch.tensor([[0.1, 0.5, 0.4], [0.0, 0.2, 0.8], [0.5, 0.4, 0.1], [1.0, 0.0, 0.0]])
-    # means: 0.3, 0.8, -0.4, -1; no, yes, no, yes
-    answers = chances.log(), told.log().view(2, 2, 3), None
+    told = told.log()
+    if reward_loss == "mse":
+        told = torch.tensor([0.3, 0.8, -0.4, -1.0])  # the same means: no, yes, no, yes
+    answers = chances.log(), told.view(2, 2, -1), None
     agent = bold_agent(tiny_args())
     monkeypatch.setattr(agent.tokenizer, "encode", lambda x: tokens)
     monkeypatch.setattr(agent.tokenizer, "decode", lambda tokens: drawn)
@@ -793,7 +794,7 @@ def test_summary():
     assert "human" not in iris.summary(result | dict(game="Klax"))
 
 
-# ---- Pictures ------------------------------------------------------------------------------------
+# ---- Pictures and play ---------------------------------------------------------------------------
 def watch_drawing(monkeypatch):
     """-> list that will hold the rows of every image that is drawn."""
     draw, images = iris.draw, []
@@ -837,7 +838,8 @@ def test_pictures_show_what_the_model_says(tmp_path, monkeypatch):
     assert torch.equal(given[2:], drawn[0])
     assert torch.equal(dreamt[0][2][0], actions[19:22])
     assert [played for _, _, played, _ in dreamt[1:4]] == [None] * 3  # here the policy acts
-    assert len(futures) == 3 and not torch.equal(futures[0], futures[1])
+    assert len(futures) == 3
+    assert not torch.equal(futures[0], futures[1])
     for future, dream in zip(futures, drawn[1:4]):
         assert torch.equal(future[2:], dream)
     picture = cv2.imread(str(tmp_path / "dream.png"))[1::3, 1::3, ::-1]
@@ -861,7 +863,43 @@ def test_pictures_show_what_the_model_says(tmp_path, monkeypatch):
         for pair in zip(x[first:], dream[1:]):
             assert torch.equal(images.pop(1), torch.stack(pair)[None])
     _, animation = cv2.imreadanimation(str(tmp_path / "dream.gif"))
-    assert len(images) == 1 and len(animation.frames) == 36
+    assert len(images) == 1
+    assert len(animation.frames) == 36
+
+
+def test_play(monkeypatch, capfd):
+    """Keys are actions on the last frames, r begins anew, after an end only r helps, q leaves."""
+    args = tiny_args()
+    agent = bold_agent(args)
+    script = list("r dax d! arqw")
+    taken = [1, 2, 3, 0, 1, 2, 0]  # x means nothing in Pong; at ! the dream ends
+    keys, pressed, titles = iter(script), [], []
+
+    def press(milliseconds):
+        pressed.append(next(keys))
+        return ord(pressed[-1])
+
+    def fate(dreamt):
+        dreamt["ends"][:] = pressed[-1] == "!"
+
+    monkeypatch.setattr(cv2, "imshow", lambda name, image: None)
+    monkeypatch.setattr(cv2, "setWindowTitle", lambda name, title: titles.append(title))
+    monkeypatch.setattr(cv2, "waitKey", press)
+    dreamt = watch_dreams(monkeypatch, fate)
+    iris.play(agent, args, [torch.randint(256, (9, 64, 64, 3), dtype=torch.uint8)])
+    assert "q: quit" in capfd.readouterr().out
+    assert pressed == script[:-1]  # nothing is asked after q
+    assert [int(given) for _, _, given, _ in dreamt] == taken
+    shown, score = dreamt[0][0], 0.0  # all tokens since r
+    for i, (tokens, past, _, result) in enumerate(dreamt):
+        length = min(i + 1, args.sequence_length - 1)  # a place is left for the next frame
+        assert torch.equal(tokens, shown[:, -length:])
+        assert past[0].tolist() == taken[i - length + 1 : i]
+        shown = torch.cat([shown, result["tokens"][:, 1:]], dim=1)
+        score += float(result["rewards"])
+        assert titles[i + 2].startswith(f"rewards {score:+g}")
+    assert all("press r" in title for title in titles[8:11])  # after it keys do nothing
+    assert titles[11] == "rewards +0"
 
 
 # ---- The command line, on real Pong --------------------------------------------------------------
@@ -969,7 +1007,8 @@ def test_whole_training(whole_run):
         assert torch.equal(replay.frames[i], game.frame)
         assert replay.actions[i] == action
         assert game.step(action)[:2] == (replay.rewards[i], replay.ends[i])
-    assert replay.size == 120 and replay.episodes == 1
+    assert replay.size == 120
+    assert replay.episodes == 1
     assert torch.equal(again.frame, game.frame)
 
 
@@ -990,7 +1029,8 @@ def test_stopped_and_resumed(how, whole_run, tmp_path):
         process.send_signal(getattr(signal, how))
         errors = process.stderr.read()
     folder = next(run_dir.iterdir())
-    assert process.returncode != 0 and not (folder / "eval.json").exists()
+    assert process.returncode != 0
+    assert not (folder / "eval.json").exists()
     if how == "SIGINT":
         assert process.returncode == 130
         assert f"--resume '{folder}'" in only_line(errors)  # ready to be pasted
@@ -1086,6 +1126,8 @@ REFUSED = {  # flags -> what the one line names; RUN is a whole run
     "--no-such-flag": "--no-such-flag",
     "--epoch 3": "--epoch",
     "--perceptual-loss": "LPIPS",
+    "--tensorboard": "tensorboard",
+    "--play RUN": "display",
     f"--run-dir {__file__}/runs": "test_iris.py",
     "--resume nowhere": "nowhere",
     "--eval nowhere.pt": "nowhere.pt",
@@ -1104,6 +1146,8 @@ def test_refused(flags, whole_run, tmp_path, capfd, monkeypatch):
     """Flags that cannot work: code 2, one line that names them, and no folder is left."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(iris, "VGG_URL", "http://127.0.0.1:9/vgg16-397923af.pth")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.delenv("DISPLAY", raising=False)
     before = contents(whole_run)
     setting = [] if "RUN" in flags else [*TINY, *SCHEDULE, "--run-dir", str(tmp_path / "runs")]
     try:
