@@ -20,6 +20,8 @@ Sections, equations and appendices cited below are that paper's.
 #          |  decoder                                              ^
 #      reconstructed frame  ---->  actor-critic (CNN, LSTM)  ----> action
 #
+# In a dream the next frame's tokens take the place of the real frame's, and so on, step after step.
+#
 # Read it from top to bottom. Sizes have letters: N images, B batch, T time steps, K tokens a frame, S
 # positions of the transformer (T (K + 1) for T whole steps), D its width, nh heads of size hs, V
 # vocabulary, E size of a code, g = sqrt(K) side of the token grid, C channels, A actions, L size of
@@ -39,7 +41,8 @@ from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
-# Before torch is imported: its idle threads shall soon sleep: on shared cores a dream is 20 times as fast.
+# Set before torch is imported: idle threads go to sleep soon, and on shared cores, where they would
+# keep others waiting, a dream is twenty times as fast.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import ale_py  # noqa: F401 (importing it registers the games)
@@ -50,12 +53,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---- 1. Flags: every number of the paper in one place --------------------------------------------
+# ---- 1. Flags: the paper's numbers in one place (on a first reading, go on to section 2) ---------
 # The defaults are the paper's; where its text and the authors' code differ, the code's. The small
 # preset is the same idea for a machine without a GPU: smaller networks, tokens that are local
 # (section 4), a shorter schedule. It is these flags, put before yours, other first weights, and a
 # policy that sees what moves (section 6). What a CPU is short of is updates, not real steps: it
-# collects 4000 of them in less than half a minute, and learns four times from a batch of dreams.
+# collects 4000 of them in less than half a minute, and splits a batch of dreams into four updates.
 SMALL = """
     --epochs 10 --collect-epochs 10 --collect-steps 4000 --eval-every 5 --eval-games 4 --final-games 30
     --tokenizer-start 1 --world-model-start 1 --actor-critic-start 4
@@ -153,7 +156,8 @@ def parse_args(argv=None):
     """Command line -> namespace of flags. Bad ones raise InputError, or argparse's SystemExit."""
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
-    # The first pass finds out where the defaults of the second one come from: a run, or a preset.
+    # The first pass finds out where the defaults of the second one come from: a run, or a preset,
+    # whose flags go before yours, since the last of several wins.
     args = parser.parse_args(argv)
     device = args.device
     run = args.resume or args.eval or args.dream or args.play
@@ -171,7 +175,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.device = device
     args.run = run
-    # Other READMEs call the same game PongNoFrameskip-v4 or PongDeterministic-v4.
+    # The same game is also known as PongNoFrameskip-v4 or PongDeterministic-v4.
     args.game = re.sub(r"(NoFrameskip|Deterministic)?-v\d+$", "", args.env.removeprefix("ALE/"))
     if "/" not in args.env or args.env.startswith("ALE/"):
         args.env = f"ALE/{args.game}-v5"
@@ -193,10 +197,11 @@ def parse_args(argv=None):
 
 # ---- 2. Environment: real Atari frames, two hours of them ----------------------------------------
 def make_env(env_id, num_envs=1, training=True):
-    """-> a gymnasium VectorEnv of RGB frames (num_envs, 1, h, w, 3) uint8. Change it for another game."""
+    """-> a gymnasium VectorEnv of RGB frames (num_envs, 1, h, w, 3) uint8."""
     # An action is held for 4 raw frames; the maximum of the last two is seen, since Atari draws
     # some things in every other frame. In training games begin with up to 30 no-ops, and a lost
-    # life is a termination, but the game goes on. Of the infos, Game reads "episode_frame_number".
+    # life ends the episode, but not the game. To use a game of another kind, replace this function;
+    # Game reads info["episode_frame_number"].
     try:
         height, width, _ = gym.make(env_id).observation_space.shape
         seen = dict(img_height=height, img_width=width, grayscale=False, stack_num=1, frameskip=4)
@@ -244,8 +249,9 @@ class Game:
         self.opens = bool(terminated[0] or truncated[0])
         over = False
         if self.opens:
-            # One more step shows the next episode's first frame. If the game goes on with the next
-            # life, it is a no-op. If it is over, the frames of a new game are counted from 0.
+            # The step after an end shows the next episode's first frame. If only a life was lost, it
+            # is an ordinary no-op. If the game is over, its action is ignored and a new game begins,
+            # which a frame counter that has fallen back gives away.
             frames, rewards, _, out_of_time, after = self.env.step(np.array([0]))
             reward += float(rewards[0])
             restarted = after["episode_frame_number"][0] < info["episode_frame_number"][0]
@@ -259,7 +265,7 @@ class Game:
 
 
 # ---- 3. Replay: every real step, and what the tokenizer makes of it ------------------------------
-CHUNK = 256  # frames tokenized at once; always as many, so that a frame always gives the same bits
+CHUNK = 256  # frames tokenized at once; always this many, so that a frame always gives the same bits
 
 
 class Replay:
@@ -267,7 +273,8 @@ class Replay:
 
     # Step i is a frame, the action taken on seeing it, the reward that followed, and whether a life
     # or the game ended. `tokens` and `reconstructions` are what the tokenizer makes of the frames,
-    # computed once an epoch, since it is frozen while the other two learn.
+    # computed once an epoch, since it is frozen while the other two learn. The world model reads the
+    # tokens, and the policy sees the reconstructions, never the frames.
     def __init__(self, args):
         n = args.collect_epochs * args.collect_steps + CHUNK
         zeros = partial(torch.zeros, dtype=torch.long, device=args.device)
@@ -462,18 +469,19 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def revive_codes(self, x):
-        """For local tokens: gives the codes that frames x (N, 3, 64, 64) do not use another square."""
+        """For local tokens: codes that no square of frames x (N, 3, 64, 64) uses get a square that has none."""
         latents = self.encoder(x).flatten(2).transpose(1, 2).flatten(0, 1)  # (N K, E)
         codes = self.codebook.weight
         distance, tokens = torch.cdist(latents, codes).square().min(dim=1)  # each (N K,)
         unused = (tokens.bincount(minlength=len(codes)) == 0).nonzero().flatten()
         # Most squares are background, which has its code. So a square is picked with probability
         # proportional to its squared distance from the nearest code so far (k-means++), and what
-        # has no code yet gets one: the ball in yet another place.
+        # has no code yet gets one: the ball in yet another place. Distances below 0.01 are rounding:
+        # such a square has its code, and is picked only where nothing else is left.
         for i in range(0, len(unused), 16):
             part = unused[i : i + 16]
-            picked = torch.multinomial(distance + 1e-9, len(part))  # 1e-9: something must be picked,
-            new = distance[picked] > 0.01  # but no square that has its code (the rest is rounding)
+            picked = torch.multinomial(distance + 1e-9, len(part))
+            new = distance[picked] > 0.01
             codes[part[new]] = latents[picked[new]]
             gap = torch.cdist(latents, codes[part]).square().min(dim=1).values
             distance = distance.minimum(gap)
@@ -576,7 +584,7 @@ class WorldModel(nn.Module):
         self.tokens_per_frame = K
         self.token_embedding = nn.Embedding(V, D)
         self.action_embedding = nn.Embedding(num_actions, D)
-        # Embeddings of its own, not the tokenizer's codes; and a learned vector for each place.
+        # Embeddings of its own, not the tokenizer's codes; and a learned vector for each position.
         self.pos_emb = nn.Embedding(args.sequence_length * (K + 1), D)
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList(Block(D, args.dropout) for _ in range(args.layers))
@@ -587,7 +595,7 @@ class WorldModel(nn.Module):
         self.head_reward = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, rewards))
         self.head_end = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 2))
         # GPT's 0.02 leaves a narrow network nearly silent at first. The small preset has no time for
-        # that: with this and the places below it learns several times as fast.
+        # that: with 0.08, and the positions below, it learns several times as fast.
         std = 0.08 if args.preset == "small" else 0.02
         for name, parameter in self.named_parameters():
             if "ln" not in name:  # LayerNorms begin as the identity
@@ -595,8 +603,8 @@ class WorldModel(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
         if args.preset == "small":
-            # A place begins as step + place in the step, so that what is learned of one step serves
-            # in all of them at once.
+            # A position begins as step + place in the step, so that what is learned of one step
+            # serves in all of them at once.
             steps = std * torch.randn(args.sequence_length, 1, D)
             places = std * torch.randn(K + 1, D)
             self.pos_emb.weight.data.copy_((steps + places).flatten(0, 1))
@@ -624,7 +632,7 @@ class WorldModel(nn.Module):
         return logits.float(), self.head_reward(at_action).float(), self.head_end(at_action).float()
 
     def expected_reward(self, logits):
-        """What `predict` says of rewards (..., 3 or 1) -> the mean of the sign (...)."""
+        """Reward logits (..., 3 or 1) -> the mean of the sign (...)."""
         if logits.shape[-1] == 1:
             return logits[..., 0]
         chances = logits.softmax(-1)
@@ -711,7 +719,8 @@ class ActorCritic(nn.Module):
     def loss(self, dreamt, args):
         """A dream, as `imagine` returns it -> loss, metrics; appendix B."""
         # The dream was played without gradient; this pass over its frames has it. Its actions were
-        # sampled from this very policy, so that their log-probabilities are its own.
+        # sampled from this policy (or, where a batch is split into updates, from one a few updates
+        # old), so that their log-probabilities are its own.
         logits, values, _ = self(dreamt["frames"], dreamt["state"].unbind(1))  # (B, H, A), (B, H)
         rewards, ends = dreamt["rewards"], dreamt["ends"]  # (B, H - 1)
         returns = lambda_returns(rewards, values.detach(), ends, args.gamma, args.td_lambda)
@@ -790,7 +799,8 @@ def imagine(agent, steps, frames, valid, tokens, actions, given=None):
     frame = frames[:, -1]
     lists = dict(frames=[frame], tokens=[tokens[:, -1]], actions=[], rewards=[], ends=[])
     start = state
-    # Keys and values of the past are cached, so that a new position costs one position, not all.
+    # Keys and values of the past are cached, so that a new position costs one position, not all:
+    # `pending` is the embedding of the newest token, not yet fed, and `position` where it belongs.
     # A frame's last token predicts nothing and waits for the action; the two go in together, so
     # that the K + 1 positions of a step cost K passes.
     embedded = world_model.embed(tokens, actions)[:, :-1]
@@ -800,7 +810,7 @@ def imagine(agent, steps, frames, valid, tokens, actions, given=None):
     shape = len(world_model.blocks), 2, len(tokens), block.heads, positions, D // block.heads
     caches = block.qkv(pending).new_zeros(shape)  # in a qkv's precision: bfloat16 under autocast
     world_model(embedded[:, :-1], caches)  # fills them; what it predicts is already known
-    position = embedded.shape[1] - 1  # of `pending`: embedded, not yet read
+    position = embedded.shape[1] - 1
     for t in range(steps):
         logits, _, state = agent.actor_critic(frame[:, None], state)
         action = sample(logits[:, 0]) if given is None else given[:, t]
@@ -870,7 +880,7 @@ def progress(count, label):
 
 
 def descend(network, optimizer):
-    """A step down the gradient, shortened to 10 if it is longer (appendix A) -> how long it was."""
+    """Clips the gradient's norm to 10 (appendix A) and makes a step -> the norm before."""
     length = nn.utils.clip_grad_norm_(network.parameters(), 10.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -1010,7 +1020,7 @@ def train(args, folder):
 
         board = SummaryWriter(folder)
     save_run(folder, args, history, agent, optimizers, replay)
-    # Both are called thousands of times with inputs of few shapes: what a CUDA graph is made for.
+    # These are called thousands of times with inputs of few shapes: what a CUDA graph is made for.
     act = accelerate(agent.act, args)
     dreamer = accelerate(partial(imagine, agent, args.horizon - 1), args)
     sizes = [sum(p.numel() for p in network.parameters()) for network in agent.children()]
@@ -1037,7 +1047,7 @@ def train(args, folder):
         # A loss that is not finite has already spoilt the weights: stop before they are saved.
         for name, value in row.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{name} in epoch {epoch} is {value}; {folder} is of the epoch before")
+                raise FloatingPointError(f"{name} in epoch {epoch} is {value}; {folder} still holds the epoch before")
         # Nothing below teaches anything: it measures, keeps and shows.
         if epoch % args.eval_every == 0:
             result, recording = evaluate(agent, act, args, args.eval_games)
@@ -1373,7 +1383,7 @@ def main(argv=None):
         args = parse_args(argv)
         torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not args.torch_deterministic
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan each of a dream's 300 shapes
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for each of a dream's 300 shapes
         if args.eval or args.dream or args.play:
             look_into(args)
             return 0
@@ -1388,8 +1398,9 @@ def main(argv=None):
     except FloatingPointError as error:
         code, message = 1, str(error)
     except (InputError, ImportError, OSError, MemoryError, RuntimeError, cv2.error) as error:
-        # Torch's own kinds of RuntimeError, and an allocator's, are about the machine.
-        if type(error) is RuntimeError and "alloc" not in str(error):
+        # Of RuntimeErrors only a GPU's and an allocator's are about the machine.
+        machine = isinstance(error, torch.AcceleratorError) or "alloc" in str(error)
+        if isinstance(error, RuntimeError) and not machine:
             raise
         code, message = 2, str(error)
     if folder is not None and code != 1 and (folder / "checkpoint.pt").exists():

@@ -1159,7 +1159,7 @@ def test_refused(flags, whole_run, tmp_path, capfd, monkeypatch):
     assert contents(whole_run) == before and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("error", [RuntimeError("can't allocate"), MemoryError(), RuntimeError("mat1")])
+@pytest.mark.parametrize("error", [RuntimeError("can't allocate"), MemoryError(), NotImplementedError("mat1")])
 def test_want_of_memory(error, tmp_path, capfd, monkeypatch):
     """Too little memory is a line and code 2; a mistake in the program keeps its traceback."""
 
