@@ -760,12 +760,8 @@ def test_health(reward_loss, monkeypatch):
     monkeypatch.setattr(agent.world_model, "predict", lambda tokens, actions: answers)
     nothing = torch.zeros(5).long()
     metrics = iris.health(agent, (frames, nothing, rewards), 2)
-    by_hand = {
-        "moving_contrast_kept": 1 / 2,
-        "token_accuracy": 1 / 2,
-        "copy_accuracy": 3 / 4,
-        "reward_recall": 1 / 3,
-    }
+    by_hand = dict(moving_contrast_kept=1 / 2, token_accuracy=1 / 2, copy_accuracy=3 / 4)
+    by_hand["reward_recall"] = 1 / 3
     assert metrics == pytest.approx(by_hand, rel=1e-4)
 
 
@@ -957,12 +953,8 @@ def essence(x):
 def read_run(folder):
     """All that a run leaves behind and that must repeat to the last bit."""
     rows = (folder / "metrics.csv").read_text().splitlines()
-    run = {
-        "rows": list(csv.DictReader(rows)),
-        "state": load(folder),
-        "result": json.loads((folder / "eval.json").read_text()),
-    }
-    return essence(run)
+    result = json.loads((folder / "eval.json").read_text())
+    return essence(dict(rows=list(csv.DictReader(rows)), state=load(folder), result=result))
 
 
 @pytest.fixture(scope="module")
