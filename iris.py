@@ -159,7 +159,6 @@ def parse_args(argv=None):
     # The first pass finds out where the defaults of the second one come from: a run, or a preset,
     # whose flags go before yours, since the last of several wins.
     args = parser.parse_args(argv)
-    device = args.device
     run = args.resume or args.eval or args.dream or args.play
     saved = {}
     if run is not None:
@@ -168,12 +167,13 @@ def parse_args(argv=None):
             raise InputError(f"{run}: weights alone, as the authors' files are, cannot go on")
         parser.set_defaults(env=run.stem, preset="paper")  # of an authors' Pong.pt
         parser.set_defaults(**saved)
-    elif args.preset == "small" or (args.preset == "auto" and device == "cpu"):
+        if not torch.cuda.is_available():
+            parser.set_defaults(device="cpu")  # a run from a GPU goes on without one
+    elif args.preset == "small" or (args.preset == "auto" and args.device == "cpu"):
         argv = [*SMALL.split(), *argv, "--preset", "small"]
     else:
         argv = [*argv, "--preset", "paper"]
     args = parser.parse_args(argv)
-    args.device = device
     args.run = run
     # The same game is also known as PongNoFrameskip-v4 or PongDeterministic-v4.
     args.game = re.sub(r"(NoFrameskip|Deterministic)?-v\d+$", "", args.env.removeprefix("ALE/"))
@@ -851,8 +851,12 @@ def accelerate(function, args):
 
     def run_graph(*inputs):
         shapes = tuple(x.shape for x in inputs)
-        if shapes not in graphs:  # the clones are where later inputs will be copied to
-            graphs[shapes] = torch.cuda.make_graphed_callables(run, tuple(x.clone() for x in inputs))
+        if shapes not in graphs:
+            # Recording draws random numbers too. A resumed run records later than one never stopped,
+            # and is to draw the same ones.
+            with torch.random.fork_rng([torch.cuda.current_device()]):
+                static = tuple(x.clone() for x in inputs)  # where later inputs will be copied to
+                graphs[shapes] = torch.cuda.make_graphed_callables(run, static)
         return graphs[shapes](*inputs)
 
     return run_graph if args.device == "cuda" else run
@@ -864,7 +868,6 @@ def autocast(args):
 
 
 # ---- 8. Training: collect, then train the three networks, epoch after epoch ----------------------
-TOKENIZER_PIECE = 64  # frames of its batch at a time; lower it if the GPU's memory runs out
 # What an epoch's line on the terminal shows; metrics.csv has everything.
 SHOWN = "real_steps train_return tokenizer_loss token_loss dream_return entropy eval_return".split()
 
@@ -929,12 +932,11 @@ def train_tokenizer(tokenizer, optimizer, replay, args, perceptual):
     for _ in progress(args.tokenizer_updates, "tokenizer"):
         index, _ = replay.sample(args.tokenizer_batch, 1)
         x = to_network(replay.frames[index[:, 0]])  # (B, 3, 64, 64)
-        for piece in x.split(TOKENIZER_PIECE):  # the same gradient in less memory
-            with autocast(args):
-                loss, metrics = tokenizer.loss(piece, perceptual)
-            (loss * len(piece) / len(x)).backward()
+        with autocast(args):
+            loss, metrics = tokenizer.loss(x, perceptual)
+        loss.backward()
         metrics["tokenizer_gradient"] = descend(tokenizer, optimizer)
-        history.append(metrics)  # of the last piece, which is as good a sample as any
+        history.append(metrics)
     return means(history)
 
 
@@ -1279,15 +1281,15 @@ def write_pictures(agent, args, recording, folder):
     T = min(args.sequence_length, len(frames))
     known = T // 2
 
-    def dream_on(first, as_played):
-        """-> frames (T, 3, 64, 64) of the segment that begins with frame `first`."""
-        past = torch.arange(first, first + known, device=frames.device)
-        seen = F.pad(past, (1, 0), value=first)  # one padding frame, so that there is a burn-in
-        valid = torch.arange(known + 1, device=frames.device)[None] > 0
-        given = actions[None, first + known - 1 : first + T - 1] if as_played else None
-        text = tokens[None, past], actions[None, past]
-        dreamt = imagine(agent, T - known, decoded[None, seen], valid, *text, given)
-        return torch.cat([decoded[past[:-1]], dreamt["frames"][0]])
+    def dream_on(firsts, as_played):
+        """-> frames (B, T, 3, 64, 64) of the segments that begin with the frames numbered `firsts`."""
+        index = torch.tensor(firsts, device=frames.device)[:, None] + torch.arange(T, device=frames.device)
+        past = index[:, :known]
+        seen = torch.cat([past[:, :1], past], dim=1)  # one padding frame, so that there is a burn-in
+        valid = torch.arange(known + 1, device=frames.device).expand_as(seen) > 0
+        given = actions[index[:, known - 1 : -1]] if as_played else None
+        dreamt = imagine(agent, T - known, decoded[seen], valid, tokens[past], actions[past], given)
+        return torch.cat([decoded[past[:, :-1]], dreamt["frames"]], dim=1)
 
     # The picture: around the first reward, which tells most about a world model, or in the middle
     # of the game. Rows: real, with the rewards that came; decoded, with what the world model
@@ -1295,9 +1297,8 @@ def write_pictures(agent, args, recording, folder):
     scored = rewards.nonzero().flatten().tolist() + [len(frames) // 2]
     first = max(0, min(scored[0] - known, len(frames) - T))
     part = slice(first, first + T)
-    rows = [real[part], decoded[part], dream_on(first, True)]
-    rows += [dream_on(first, False) for _ in range(3)]
-    image = draw(torch.stack(rows))
+    rows = [real[None, part], decoded[None, part], dream_on([first], True), dream_on([first] * 3, False)]
+    image = draw(torch.cat(rows))
     _, signs, ends = agent.world_model.predict(tokens[None, part], actions[None, part])
     signs, ends = agent.world_model.expected_reward(signs[0]), ends[0].softmax(-1)
     for i in range(T):
@@ -1311,8 +1312,9 @@ def write_pictures(agent, args, recording, folder):
 
     # The film: real beside dreamt; the dream begins again from real frames every half of T.
     images = []
-    for first in range(0, min(len(frames) - T, 200) + 1, T - known):
-        pairs = torch.stack([real[first : first + T], dream_on(first, True)], dim=1)
+    firsts = list(range(0, min(len(frames) - T, 200) + 1, T - known))
+    for first, dreamt in zip(firsts, dream_on(firsts, True)):
+        pairs = torch.stack([real[first : first + T], dreamt], dim=1)
         images += [draw(pair[None]) for pair in pairs[known:]]
     animation = cv2.Animation()
     animation.frames = images

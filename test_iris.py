@@ -115,7 +115,6 @@ def test_segments(drawn, steps):
     segment is the steps before or after the drawn one; what its episode lacks is invalid."""
     replay = filled_replay()
     assert replay.ends.nonzero().flatten().tolist() == [0, 3, 53, 60]
-    assert replay.rewards[61:261].tolist() == list(range(200))
     torch.manual_seed(0)
     index, valid = replay.sample(20_000, steps, drawn)
     anchors = index[:, 0 if drawn == "first" else -1].numpy()
@@ -190,24 +189,6 @@ def test_nearest_code(local, number):
     drawn = tokenizer.decode(tokens)
     assert drawn.abs().max() <= 1
     close(drawn, tokenizer.decoder(embedded).clamp(-1, 1))
-
-
-@pytest.mark.parametrize("tokens", [16, 64])
-def test_local_tokens(tokens):
-    """A local token sees and draws its own square only; the start is the identity."""
-    tokenizer = iris.Tokenizer(tiny_args("--tokens-per-frame", str(tokens)))
-    side = 64 // math.isqrt(tokens)
-    x = (torch.rand(2, 3, 64, 64) * 2 - 1).requires_grad_()
-    close(tokenizer.decoder(tokenizer.encoder(x)), x, 0, 1e-6)
-    for parameter in tokenizer.parameters():  # what training may make of it
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    square = torch.zeros(64, 64, dtype=torch.bool)
-    square[side : 2 * side, 2 * side : 3 * side] = True  # of row 1, column 2
-    z = tokenizer.encoder(x)
-    (seen,) = torch.autograd.grad(z[:, :, 1, 2].sum(), x, retain_graph=True)
-    assert torch.equal(seen.abs().amax((0, 1)) > 0, square)
-    (drawing,) = torch.autograd.grad(tokenizer.decoder(z)[:, :, square].sum(), z)
-    assert drawing.abs().amax((0, 1)).nonzero().tolist() == [[1, 2]]
 
 
 @torch.no_grad()
@@ -544,7 +525,11 @@ def test_cuda_graph(mixed, monkeypatch):
         valid = torch.rand(3, 5, device="cuda") < 0.8
         with torch.no_grad(), iris.autocast(args):
             eager = plain(seen, valid, *real)
+        torch.manual_seed(seed)
         replayed = graph(seen, valid, *real)
+        drawn = torch.rand(1, device="cuda")  # recording must not have moved the generator on
+        torch.manual_seed(seed)
+        assert torch.equal(torch.rand(1, device="cuda"), drawn)
         for name in ("frames", "tokens", "actions", "rewards", "ends"):
             assert torch.equal(replayed[name], eager[name]), (seed, name)
         for parameter in agent.parameters():
@@ -760,8 +745,7 @@ def test_health(reward_loss, monkeypatch):
     monkeypatch.setattr(agent.world_model, "predict", lambda tokens, actions: answers)
     nothing = torch.zeros(5).long()
     metrics = iris.health(agent, (frames, nothing, rewards), 2)
-    by_hand = dict(moving_contrast_kept=1 / 2, token_accuracy=1 / 2, copy_accuracy=3 / 4)
-    by_hand["reward_recall"] = 1 / 3
+    by_hand = dict(moving_contrast_kept=1 / 2, token_accuracy=1 / 2, copy_accuracy=3 / 4, reward_recall=1 / 3)
     assert metrics == pytest.approx(by_hand, rel=1e-4)
 
 
@@ -825,19 +809,19 @@ def test_pictures_show_what_the_model_says(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cv2, "putText", caption)
     iris.write_pictures(agent, args, (frames, actions, rewards), tmp_path)
-    drawn = [result["frames"][0] for *_, result in dreamt]
+    (*_, played, dream), (*_, none, others), (known, past, film, films) = dreamt
     real, decoded, given, *futures = images[0]
     window = slice(17, 23)  # the six steps around the first reward
     assert torch.equal(real, x[window])
     close(decoded, agent.tokenizer.decode(tokens[window]))
     assert torch.equal(given[:3], decoded[:3])  # half of the steps is known
-    assert torch.equal(given[2:], drawn[0])
-    assert torch.equal(dreamt[0][2][0], actions[19:22])
-    assert [played for _, _, played, _ in dreamt[1:4]] == [None] * 3  # here the policy acts
+    assert torch.equal(given[2:], dream["frames"][0])
+    assert torch.equal(played[0], actions[19:22])
+    assert none is None  # here the policy acts
     assert len(futures) == 3
     assert not torch.equal(futures[0], futures[1])
-    for future, dream in zip(futures, drawn[1:4]):
-        assert torch.equal(future[2:], dream)
+    for future, other in zip(futures, others["frames"]):
+        assert torch.equal(future[2:], other)
     picture = cv2.imread(str(tmp_path / "dream.png"))[1::3, 1::3, ::-1]
     for i, row in enumerate(images[0]):
         above = to_pixels(row)[:, :56]  # the captions
@@ -850,13 +834,12 @@ def test_pictures_show_what_the_model_says(tmp_path, monkeypatch):
         assert captions[3 * i] == came
         assert captions[3 * i + 1] == f"expected {expected[i]:+.2f}, end {ends[0].softmax(-1)[i, 1]:.2f}"
         assert captions[3 * i + 2] == ("known" if i < 3 else "dreamt")
-    first = 0  # frame that the film's next dream knows
-    for (known, past, played, _), dream in zip(dreamt[4:], drawn[4:]):
-        assert torch.equal(known[0], tokens[first : first + 3])
-        assert torch.equal(past[0], actions[first : first + 2])
-        assert torch.equal(played[0], actions[first + 2 : first + 5])
-        first += 3
-        for pair in zip(x[first:], dream[1:]):
+    for i, dreamt in enumerate(films["frames"]):
+        first = 3 * i  # frame that this dream of the film knows
+        assert torch.equal(known[i], tokens[first : first + 3])
+        assert torch.equal(past[i], actions[first : first + 2])
+        assert torch.equal(film[i], actions[first + 2 : first + 5])
+        for pair in zip(x[first + 3 :], dreamt[1:]):
             assert torch.equal(images.pop(1), torch.stack(pair)[None])
     _, animation = cv2.imreadanimation(str(tmp_path / "dream.gif"))
     assert len(images) == 1
@@ -977,8 +960,7 @@ def test_whole_training(whole_run):
     """A run collects real Pong, trains all three networks, evaluates, and leaves its files."""
     run = read_run(whole_run)
     config = json.loads((whole_run / "config.json").read_text())
-    assert config["env"] == "ALE/Pong-v5"
-    assert config["layers"] == 1
+    assert (config["env"], config["layers"]) == ("ALE/Pong-v5", 1)
     rows = run["rows"]
     assert [row["real_steps"] for row in rows] == ["40", "80", "120", "120"]
     for name, first in (("token_loss", 2), ("policy_loss", 3), ("eval_return", 4)):
@@ -999,8 +981,7 @@ def test_whole_training(whole_run):
         assert torch.equal(replay.frames[i], game.frame)
         assert replay.actions[i] == action
         assert game.step(action)[:2] == (replay.rewards[i], replay.ends[i])
-    assert replay.size == 120
-    assert replay.episodes == 1
+    assert (replay.size, replay.episodes) == (120, 1)
     assert torch.equal(again.frame, game.frame)
 
 
@@ -1030,13 +1011,17 @@ def test_stopped_and_resumed(how, whole_run, tmp_path):
     assert read_run(folder) == read_run(whole_run)
 
 
-def test_finished_run_goes_on(whole_run, a_run):
+def test_finished_run_goes_on(whole_run, a_run, monkeypatch):
     """A finished run repeats its last evaluation if resumed, and with more --epochs trains on."""
     (a_run / "eval.json").unlink()
     (a_run / "config.json").unlink()  # it is for people
     assert iris.main(["--resume", str(a_run)]) == 0
     before = read_run(whole_run)
     assert read_run(a_run) == before
+    state = load(a_run)
+    state["args"]["device"] = "cuda"  # as if from a machine with a GPU: it goes on without one
+    torch.save(state, a_run / "checkpoint.pt")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert iris.main(["--resume", str(a_run), "--epochs", "5"]) == 0
     assert json.loads((a_run / "config.json").read_text())["epochs"] == 5
     after = read_run(a_run)
@@ -1171,7 +1156,6 @@ def damage(path, change):
 
 
 DAMAGED = {
-    "no folder": shutil.rmtree,
     "no checkpoint": lambda run: (run / "checkpoint.pt").unlink(),
     "zeroed": lambda run: damage(run / "checkpoint.pt", lambda x: x[:90_000] + bytes(9) + x[90_009:]),
     "half": lambda run: damage(run / "checkpoint.pt", lambda x: x[:90_000]),
