@@ -785,30 +785,31 @@ def sample(logits):
 
 
 @torch.no_grad()  # the policy must not reshape its own dream
-def imagine(agent, steps, frames, valid, tokens, actions, given=None):
+def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
     """Dreams `steps` = H - 1 steps after real ones -> dict of frames (B, H, 3, 64, 64), tokens
     (B, H, K), both beginning with the last real frame; actions, rewards, ends (B, H - 1); state, the
     policy's memory before them."""
     # The policy gets the past as decoded frames (B, T, 3, 64, 64), with valid (B, T) false on
-    # padding; the world model as tokens (B, n, K) and actions (B, n) of the last n steps. The last
-    # action is ignored, since the policy chooses its own, or `given` (B, H - 1) does:
-    #     padding | real frames, for the policy's memory | the last one | H - 1 dreamt frames
-    #      skipped   burn-in                                acts on it     acts on all but the last
+    # padding; the world model as past_tokens (B, n, K) and past_actions (B, n) of the last n steps:
+    #                   padding | real frames .......... | the last one | H - 1 dreamt frames
+    #     policy        skipped | its memory, no gradient | acts        | acts on all but the last
+    #     world model           |        knows n - 1, and | this one    | samples them
+    # The last of past_actions is ignored: the policy chooses its own, or `given` (B, H - 1) does.
     world_model = agent.world_model
     state = agent.actor_critic.initial_state(len(frames))
     _, _, state = agent.actor_critic(frames[:, :-1], state, valid[:, :-1])
     frame = frames[:, -1]
-    lists = dict(frames=[frame], tokens=[tokens[:, -1]], actions=[], rewards=[], ends=[])
+    lists = dict(frames=[frame], tokens=[past_tokens[:, -1]], actions=[], rewards=[], ends=[])
     start = state
     # Keys and values of the past are cached, so that a new position costs one position, not all:
     # `pending` is the embedding of the newest token, not yet fed, and `position` where it belongs.
     # A frame's last token predicts nothing and waits for the action; the two go in together, so
     # that the K + 1 positions of a step cost K passes.
-    embedded = world_model.embed(tokens, actions)[:, :-1]
+    embedded = world_model.embed(past_tokens, past_actions)[:, :-1]
     pending = embedded[:, -1]
     positions, D = world_model.pos_emb.weight.shape
     block = world_model.blocks[0]
-    shape = len(world_model.blocks), 2, len(tokens), block.heads, positions, D // block.heads
+    shape = len(world_model.blocks), 2, len(frames), block.heads, positions, D // block.heads
     caches = block.qkv(pending).new_zeros(shape)  # in a qkv's precision: bfloat16 under autocast
     world_model(embedded[:, :-1], caches)  # fills them; what it predicts is already known
     position = embedded.shape[1] - 1
