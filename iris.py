@@ -81,6 +81,7 @@ def make_parser():
     """-> the parser of all flags, with the paper's values as defaults."""
     parser = argparse.ArgumentParser("iris.py", usage="iris.py --env Pong [--help]", allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter  # --help shows the defaults
+    parser.epilog = "Defaults are those of the paper preset; SMALL in iris.py lists the others."
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def add_argument(name, default, text, choices=None):
@@ -1305,7 +1306,8 @@ def write_pictures(agent, args, recording, folder):
     for i in range(T):
         came = f"real {rewards[first + i]:+g}"
         expected = f"expected {signs[i]:+.2f}, end {ends[i, 1]:.2f}"
-        for row, text in enumerate((came, expected, "known" if i < known else "dreamt")):
+        played, own = ("known", "known") if i < known else ("dreamt, as played", "dreamt, policy acts")
+        for row, text in enumerate((came, expected, played, own, own, own)):
             place = (192 * i + 4, 192 * row + 188)
             cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 0, 255))
     _, png = cv2.imencode(".png", image)
@@ -1408,7 +1410,7 @@ def main(argv=None):
             raise
         code, message = 2, str(error)
     if folder is not None and code != 1 and (folder / "checkpoint.pt").exists():
-        message += f"; go on with python iris.py --resume {shlex.quote(str(folder))}"
+        message += f"; go on from the last whole epoch: python iris.py --resume {shlex.quote(str(folder))}"
     print("iris.py:", " ".join(message.split())[:600], file=sys.stderr)
     return code
 
