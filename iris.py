@@ -67,8 +67,8 @@ SMALL = """
     --world-model-lr 1e-3 --actor-critic-lr 1e-3
     --local-tokens --no-perceptual-loss --reconstruction-loss l2
     --sequence-length 12 --layers 2 --width 128 --dropout 0 --policy-size 32 --lstm-size 256
-    --burn-in 4 --context 3 --horizon 10 --gamma 0.97 --entropy-coef 0.002
-    --eval-temperature 1 --no-mixed-precision
+    --burn-in 4 --context 3 --horizon 10 --gamma 0.97 --no-draw-rewards --norm-advantage
+    --entropy-coef 0.05 --eval-temperature 1 --no-mixed-precision
 """
 MAY_CHANGE = ("epochs", "device", "mixed_precision", "final_games", "tensorboard")  # by --resume
 
@@ -147,8 +147,10 @@ def make_parser():
     add_argument("--burn-in", 20, "real frames that fill the policy's memory")
     add_argument("--context", 1, "real frames that the world model knows before a dream")
     add_argument("--horizon", 20, "H: frames of a dream")
+    add_argument("--draw-rewards", True, "dreams pay a drawn sign, not the mean of it")
     add_argument("--gamma", 0.995, "discount: how far the policy looks ahead")
     add_argument("--td-lambda", 0.95, "of the returns; 0: one step, 1: the whole dream")
+    add_argument("--norm-advantage", False, "the policy learns from advantages of one size in all games")
     add_argument("--entropy-coef", 0.001, "how much the policy is to stay undecided")
     return parser
 
@@ -735,7 +737,12 @@ class ActorCritic(nn.Module):
         # The critic learns the returns of this policy. The policy learns from what exceeded them:
         # REINFORCE with the value as baseline.
         value_loss = (weight * advantage.square()).sum()
-        policy_loss = -(weight * log_chosen * advantage.detach()).sum()
+        gain = advantage.detach()
+        if args.norm_advantage:
+            # Entropy then weighs the same where rewards are many and where they are few. The 0.05
+            # keeps noise small where there are none.
+            gain = gain / ((weight * gain.square()).sum().sqrt() + 0.05)
+        policy_loss = -(weight * log_chosen * gain).sum()
         # Entropy keeps the policy from settling on an action before it has tried the others.
         entropy = -(weight[..., None] * log_policy.exp() * log_policy).sum()
         loss = policy_loss + value_loss - args.entropy_coef * entropy
@@ -768,6 +775,7 @@ class Agent(nn.Module):
         self.tokenizer = Tokenizer(args)
         self.world_model = WorldModel(args, num_actions)
         self.actor_critic = ActorCritic(args, num_actions)
+        self.draw_rewards = args.draw_rewards
 
     def act(self, frames, h, c, temperature):
         """Real frames (N, 64, 64, 3), memory, temperature (a scalar) -> actions (N,), memory."""
@@ -821,7 +829,11 @@ def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
         h = world_model(pair, caches, position)[:, -1]  # (B, D), at the action
         position += 2
         reward = world_model.head_reward(h).float()  # (B, 3): logits of the signs; or (B, 1): mse
-        reward = sample(reward) - 1.0 if reward.shape[1] == 3 else reward[:, 0]
+        # The mean of the sign teaches the same as a drawn sign, with less noise.
+        if agent.draw_rewards and reward.shape[1] == 3:
+            reward = sample(reward) - 1.0  # (B,)
+        else:
+            reward = world_model.expected_reward(reward)
         end = sample(world_model.head_end(h)).float()  # the loss leaves out what follows an end
         frame_tokens = []
         for k in range(world_model.tokens_per_frame):

@@ -315,7 +315,12 @@ def naive_dream(agent, tokens, past_actions, frame, state, steps, actions=None, 
         text = read(world_model.action_embedding(action))
         h = world_model(text)[:, -1]
         reward = world_model.head_reward(h)
-        reward = draw(reward) - 1.0 if reward.shape[1] == 3 else reward[:, 0]
+        if reward.shape[1] == 1:
+            reward = reward[:, 0]
+        elif agent.draw_rewards:
+            reward = draw(reward) - 1.0
+        else:
+            reward = reward.softmax(-1) @ torch.tensor([-1.0, 0.0, 1.0], device=reward.device)
         dreamt["rewards"].append(reward)
         dreamt["ends"].append(draw(world_model.head_end(h)).float())
         words = []
@@ -333,7 +338,7 @@ def naive_dream(agent, tokens, past_actions, frame, state, steps, actions=None, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("context, given", [(1, False), (3, False), (2, True)])
-@pytest.mark.parametrize("flags", ["--layers 2", "--reward-loss mse --tokens-per-frame 64"])
+@pytest.mark.parametrize("flags", ["--layers 2", "--draw-rewards", "--reward-loss mse --tokens-per-frame 64"])
 def test_dream_equals_step_by_step(context, given, flags):
     """With the same random numbers, a dream is the dream by the book; given actions are obeyed. It
     begins with the last real frame and the memory of those before, in which padding has no part."""
@@ -406,20 +411,22 @@ def naive_policy_loss(policy, dreamt, args):
             entropies.append(distribution.entropy())
     values = torch.stack(values, dim=1)
     returns = iris.lambda_returns(rewards, values.detach(), ends, args.gamma, args.td_lambda)
-    losses = []
+    terms = []
     for b in range(4):
         for t in range(4):
-            if ends[b, :t].any():
-                continue  # what is dreamt after an end is worth nothing
-            advantage = returns[b, t] - values[b, t]
-            reinforce = scores[t][b] * advantage.detach()
-            losses.append(advantage**2 - reinforce - args.entropy_coef * entropies[t][b])
-    return torch.stack(losses).mean()
+            if not ends[b, :t].any():  # what is dreamt after an end is worth nothing
+                terms.append(torch.stack([returns[b, t] - values[b, t], scores[t][b], entropies[t][b]]))
+    advantage, score, entropy = torch.stack(terms, dim=1)
+    gain = advantage.detach()
+    if args.norm_advantage:
+        gain = gain / (gain.square().mean().sqrt() + 0.05)
+    return (advantage**2 - score * gain - args.entropy_coef * entropy).mean()
 
 
-def test_actor_critic_loss():
+@pytest.mark.parametrize("norm", ["--norm-advantage", "--no-norm-advantage"])
+def test_actor_critic_loss(norm):
     """Loss and gradients are a naive version's; nothing is learned from what follows an end."""
-    args = tiny_args("--entropy-coef", "0.3")
+    args = tiny_args("--entropy-coef", "0.3", norm)
     policy = bold_agent(args).actor_critic
     parameters = list(policy.parameters())
     ends = torch.tensor([[0.0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]])
