@@ -1470,7 +1470,7 @@ def baselines(name):
 
 def kills(count):
     """--kills N: a run killed N times at random moments, against one that was not."""
-    flags = [*TINY, *SCHEDULE, "--epochs", "999", "--eval-every", "999"]
+    flags = [*TINY, *SCHEDULE, "--epochs", "499", "--eval-every", "499"]
     whole, killed = (Path(tempfile.mkdtemp()) for _ in range(2))
     assert finish(*flags, "--run-dir", whole).returncode == 0
     start = [*flags, "--run-dir", killed]
