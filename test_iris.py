@@ -428,7 +428,8 @@ def test_actor_critic_loss(norm):
     args = tiny_args("--entropy-coef", "0.3", norm)
     policy = bold_agent(args).actor_critic
     parameters = list(policy.parameters())
-    ends = torch.tensor([[0.0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]])
+    ends = torch.zeros(4, 4)
+    ends[1, 1] = ends[1, 3] = ends[2, 3] = 1
     dreamt = dict(frames=torch.rand(4, 5, 3, 64, 64) * 2 - 1, ends=ends)
     dreamt["actions"] = torch.randint(6, (4, 4))
     dreamt["rewards"] = torch.randint(-1, 2, (4, 4)).float()
@@ -1420,10 +1421,9 @@ def ball(run):
     iris.load_weights(agent, iris.read_checkpoint(Path(args.run)), run)
     raw = RawGame("Pong", 0)
     rng = np.random.default_rng(0)
-    frames, actions, memory = [], [], []
+    frames, actions = [], []
     while not raw.ale.game_over():
         frames.append(iris.resize(raw.frame[None, None])[0])
-        memory.append(raw.ale.getRAM()[[54, 49]].astype(float))  # the ball is there
         actions.append(int(rng.integers(6)))
         raw.step(actions[-1])
     frames = torch.stack(frames)
@@ -1431,8 +1431,6 @@ def ball(run):
     drawn = to_pixels(agent.tokenizer.decode(tokens).cpu())
     shown, place = find_ball(frames)
     known = ~place.isnan().any(1)
-    pairs = np.concatenate([place, memory], axis=1)[known]
-    assert np.corrcoef(pairs.T)[[0, 1], [2, 3]].min() > 0.99  # it is where find_ball sees it
     lost = (frames[shown].float() - drawn[shown].float()).abs().sum()
     contrast = (frames[shown].float() - FIELD).abs().sum()
     print(f"{1 - lost / contrast:.1%} of the ball's contrast is drawn ({shown.sum()} pixels)")
