@@ -687,7 +687,8 @@ class ActorCritic(nn.Module):
         self.critic = nn.Linear(args.lstm_size, 1)
         if args.preset == "small":
             # torch's own weights let through 1 to 3 % of what differs between frames. With them the
-            # policy learns nothing from 41,000 frames of KungFuMaster; with these it trebles its rewards.
+            # policy learns nothing from 41,000 real frames of KungFuMaster; with these it wins three
+            # times as much as random play.
             for name, parameter in self.cnn.named_parameters():
                 if name.endswith("weight"):
                     nn.init.orthogonal_(parameter, math.sqrt(2))
@@ -739,9 +740,10 @@ class ActorCritic(nn.Module):
         value_loss = (weight * advantage.square()).sum()
         gain = advantage.detach()
         if args.norm_advantage:
-            # Entropy then weighs the same where rewards are many and where they are few. The 0.05
-            # keeps noise small where there are none.
-            gain = gain / ((weight * gain.square()).sum().sqrt() + 0.05)
+            # Divided by their root mean square, which is that of the value loss, so that entropy
+            # weighs the same where rewards are many and where they are few. The 0.05 keeps noise
+            # small where there are none.
+            gain = gain / (value_loss.detach().sqrt() + 0.05)
         policy_loss = -(weight * log_chosen * gain).sum()
         # Entropy keeps the policy from settling on an action before it has tried the others.
         entropy = -(weight[..., None] * log_policy.exp() * log_policy).sum()
@@ -1318,7 +1320,9 @@ def write_pictures(agent, args, recording, folder):
     for i in range(T):
         came = f"real {rewards[first + i]:+g}"
         expected = f"expected {signs[i]:+.2f}, end {ends[i, 1]:.2f}"
-        played, own = ("known", "known") if i < known else ("dreamt, as played", "dreamt, policy acts")
+        played, own = "dreamt, as played", "dreamt, policy acts"
+        if i < known:
+            played = own = "known"
         for row, text in enumerate((came, expected, played, own, own, own)):
             place = (192 * i + 4, 192 * row + 188)
             cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 0, 255))
