@@ -56,20 +56,9 @@ import torch.nn.functional as F
 # ---- 1. Flags: the paper's numbers in one place (on a first reading, go on to section 2) ---------
 # The defaults are the paper's; where its text and the authors' code differ, the code's. The small
 # preset is the same idea for a machine without a GPU: smaller networks, tokens that are local
-# (section 4), a shorter schedule. It is these flags, put before yours, other first weights, and a
-# policy that sees what moves (section 6). What a CPU is short of is updates, not real steps: it
-# collects 4000 of them in less than half a minute, and splits a batch of dreams into four updates.
-SMALL = """
-    --epochs 10 --collect-epochs 10 --collect-steps 4000 --eval-every 5 --eval-games 4 --final-games 30
-    --tokenizer-start 1 --world-model-start 1 --actor-critic-start 4
-    --tokenizer-updates 20 --world-model-updates 400 --actor-critic-updates 40
-    --tokenizer-batch 64 --world-model-batch 8 --actor-critic-batch 64 --actor-critic-minibatch 16
-    --world-model-lr 1e-3 --actor-critic-lr 1e-3
-    --local-tokens --no-perceptual-loss --reconstruction-loss l2
-    --sequence-length 12 --layers 2 --width 128 --dropout 0 --policy-size 32 --lstm-size 256
-    --burn-in 4 --context 3 --horizon 10 --gamma 0.97 --no-draw-rewards --norm-advantage
-    --entropy-coef 0.05 --eval-temperature 1 --no-mixed-precision
-"""
+# (section 4), a shorter schedule, other first weights, and a policy that sees what moves (section 6).
+# What a CPU is short of is updates, not real steps: it collects 4000 of them in less than half a
+# minute, and splits a batch of dreams into four updates.
 MAY_CHANGE = ("epochs", "device", "mixed_precision", "final_games", "tensorboard")  # by --resume
 
 
@@ -77,18 +66,20 @@ class InputError(ValueError):
     """What the user gave cannot work. main() prints it in one line and exits with code 2."""
 
 
-def make_parser():
-    """-> the parser of all flags, with the paper's values as defaults."""
+def make_parser(preset):
+    """-> the parser of all flags, with the defaults of a preset, "paper" or "small"."""
     parser = argparse.ArgumentParser("iris.py", usage="iris.py --env Pong [--help]", allow_abbrev=False)
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter  # --help shows the defaults
-    parser.epilog = "Defaults are those of the paper preset; SMALL in iris.py lists the others."
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def add_argument(name, default, text, choices=None):
+    def add_argument(name, default, text, choices=None, small=None):
+        shown = str(default)
+        if small is not None:  # the presets differ
+            shown = f"paper {default}, small {small}"
+            default = small if preset == "small" else default
         options = dict(type=type(default), choices=choices)
         if isinstance(default, bool):
             options = dict(action=argparse.BooleanOptionalAction)  # --name and --no-name
-        parser.add_argument(name, default=default, help=text, **options)
+        parser.add_argument(name, default=default, help=f"{text} [{shown}]", **options)
 
     # The modes; without one, it trains.
     modes = parser.add_mutually_exclusive_group()
@@ -102,65 +93,64 @@ def make_parser():
     add_argument("--run-dir", "runs", "folder for the folders of runs")
     add_argument("--seed", 1, "of networks, sampling and games")
     add_argument("--device", device, "where to compute", choices=sorted({"cpu", device}))
-    add_argument("--mixed-precision", True, "bfloat16: fast on GPUs from Ampere on, CPUs with AMX")
+    add_argument("--mixed-precision", True, "bfloat16: fast on GPUs from Ampere on", small=False)
     add_argument("--torch-deterministic", False, "repeatable on a GPU too, but slower")
     add_argument("--tensorboard", False, "write events for TensorBoard as well")
     # The schedule: an epoch collects real steps, then trains each network for some updates. A
     # network that starts too early learns from another that knows nothing yet.
-    add_argument("--epochs", 600, "epochs of the run")
-    add_argument("--collect-epochs", 500, "epochs that collect real steps")
-    add_argument("--collect-steps", 200, "real steps of each: 500 x 200 is Atari 100k")
-    add_argument("--tokenizer-start", 6, "first epoch that trains the tokenizer")
-    add_argument("--world-model-start", 26, "first epoch that trains the world model")
-    add_argument("--actor-critic-start", 51, "first epoch that trains the policy")
-    add_argument("--tokenizer-updates", 200, "updates an epoch")
-    add_argument("--world-model-updates", 200, "updates an epoch")
-    add_argument("--actor-critic-updates", 200, "batches of dreams an epoch")
-    add_argument("--tokenizer-batch", 256, "frames of an update")
-    add_argument("--world-model-batch", 64, "segments of an update")
+    add_argument("--epochs", 600, "epochs of the run", small=10)
+    add_argument("--collect-epochs", 500, "epochs that collect real steps", small=10)
+    add_argument("--collect-steps", 200, "real steps of each: 500 x 200 is Atari 100k", small=4000)
+    add_argument("--tokenizer-start", 6, "first epoch that trains the tokenizer", small=1)
+    add_argument("--world-model-start", 26, "first epoch that trains the world model", small=1)
+    add_argument("--actor-critic-start", 51, "first epoch that trains the policy", small=4)
+    add_argument("--tokenizer-updates", 200, "updates an epoch", small=20)
+    add_argument("--world-model-updates", 200, "updates an epoch", small=400)
+    add_argument("--actor-critic-updates", 200, "batches of dreams an epoch", small=40)
+    add_argument("--tokenizer-batch", 256, "frames of an update", small=64)
+    add_argument("--world-model-batch", 64, "segments of an update", small=8)
     add_argument("--actor-critic-batch", 64, "dreams side by side")
-    add_argument("--actor-critic-minibatch", 64, "of them in an update")
+    add_argument("--actor-critic-minibatch", 64, "of them in an update", small=16)
     add_argument("--tokenizer-lr", 1e-4, "learning rate of Adam")
-    add_argument("--world-model-lr", 1e-4, "learning rate of AdamW")
-    add_argument("--actor-critic-lr", 1e-4, "learning rate of Adam")
+    add_argument("--world-model-lr", 1e-4, "learning rate of AdamW", small=1e-3)
+    add_argument("--actor-critic-lr", 1e-4, "learning rate of Adam", small=1e-3)
     # Real play: how it explores, and how it is judged.
     add_argument("--epsilon", 0.01, "share of random actions while collecting")
     add_argument("--temperature", 1.0, "of the policy while collecting (Freeway 0.01)")
-    add_argument("--eval-temperature", 0.5, "of the policy in evaluations; 0: its likeliest action")
+    add_argument("--eval-temperature", 0.5, "of it in evaluations; 0: its likeliest action", small=1.0)
     add_argument("--eval-every", 5, "epochs between evaluations")
-    add_argument("--eval-games", 16, "games of such an evaluation")
-    add_argument("--final-games", 100, "games of the last one, and of --eval")
+    add_argument("--eval-games", 16, "games of such an evaluation", small=4)
+    add_argument("--final-games", 100, "games of the last one, and of --eval", small=30)
     # The networks.
-    add_argument("--local-tokens", False, "each token sees and draws only its own square")
+    add_argument("--local-tokens", False, "each token sees and draws only its own square", small=True)
     add_argument("--tokens-per-frame", 16, "K; 64: finer, slower (appendix E)", choices=(16, 64))
     add_argument("--vocab-size", 512, "V: codes in the codebook")
-    add_argument("--perceptual-loss", True, "LPIPS, with a VGG16 from the net")
-    add_argument("--reconstruction-loss", "l1", "the paper's text has l2", choices=("l1", "l2"))
-    add_argument("--sequence-length", 20, "T: steps that the transformer sees")
-    add_argument("--layers", 10, "transformer blocks")
-    add_argument("--width", 256, "D, a multiple of the 4 heads")
-    add_argument("--dropout", 0.1, "on embedding, attention and residuals")
+    add_argument("--perceptual-loss", True, "LPIPS, with a VGG16 from the net", small=False)
+    add_argument("--reconstruction-loss", "l1", "the paper's text has l2", choices=("l1", "l2"), small="l2")
+    add_argument("--sequence-length", 20, "T: steps that the transformer sees", small=12)
+    add_argument("--layers", 10, "transformer blocks", small=2)
+    add_argument("--width", 256, "D, a multiple of the 4 heads", small=128)
+    add_argument("--dropout", 0.1, "on embedding, attention and residuals", small=0.0)
     add_argument("--reward-loss", "cross-entropy", "the text has mse", choices=("cross-entropy", "mse"))
-    add_argument("--policy-size", 64, "pixels that the policy sees, a side", choices=(16, 32, 64))
-    add_argument("--lstm-size", 512, "L: size of the policy's memory")
+    add_argument("--policy-size", 64, "pixels that the policy sees, a side", choices=(16, 32, 64), small=32)
+    add_argument("--lstm-size", 512, "L: size of the policy's memory", small=256)
     # Dreams, and what the policy makes of them.
-    add_argument("--burn-in", 20, "real frames that fill the policy's memory")
-    add_argument("--context", 1, "real frames that the world model knows before a dream")
-    add_argument("--horizon", 20, "H: frames of a dream")
-    add_argument("--draw-rewards", True, "dreams pay a drawn sign, not the mean of it")
-    add_argument("--gamma", 0.995, "discount: how far the policy looks ahead")
+    add_argument("--burn-in", 20, "real frames that fill the policy's memory", small=4)
+    add_argument("--context", 1, "real frames that the world model knows before a dream", small=3)
+    add_argument("--horizon", 20, "H: frames of a dream", small=10)
+    add_argument("--draw-rewards", True, "dreams pay a drawn sign, not the mean of it", small=False)
+    add_argument("--gamma", 0.995, "discount: how far the policy looks ahead", small=0.97)
     add_argument("--td-lambda", 0.95, "of the returns; 0: one step, 1: the whole dream")
-    add_argument("--norm-advantage", False, "the policy learns from advantages of one size in all games")
-    add_argument("--entropy-coef", 0.001, "how much the policy is to stay undecided")
+    add_argument("--norm-advantage", False, "advantages of one size in all games", small=True)
+    add_argument("--entropy-coef", 0.001, "how much the policy is to stay undecided", small=0.05)
     return parser
 
 
 def parse_args(argv=None):
     """Command line -> namespace of flags. Bad ones raise InputError, or argparse's SystemExit."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser()
-    # The first pass finds out where the defaults of the second one come from: a run, or a preset,
-    # whose flags go before yours, since the last of several wins.
+    parser = make_parser("paper")
+    # The first pass finds out where the defaults of the second one come from: a run, or a preset.
     args = parser.parse_args(argv)
     run = args.resume or args.eval or args.dream or args.play
     saved = {}
@@ -172,10 +162,11 @@ def parse_args(argv=None):
         parser.set_defaults(**saved)
         if not torch.cuda.is_available():
             parser.set_defaults(device="cpu")  # a run from a GPU goes on without one
-    elif args.preset == "small" or (args.preset == "auto" and args.device == "cpu"):
-        argv = [*SMALL.split(), *argv, "--preset", "small"]
     else:
-        argv = [*argv, "--preset", "paper"]
+        automatic = "small" if args.device == "cpu" else "paper"
+        preset = automatic if args.preset == "auto" else args.preset
+        parser = make_parser(preset)
+        argv = [*argv, "--preset", preset]
     args = parser.parse_args(argv)
     args.run = run
     # The same game is also known as PongNoFrameskip-v4 or PongDeterministic-v4.
