@@ -6,26 +6,26 @@
 
 trains, evaluates, and draws what the agent dreams; --help lists the other modes. The paper is
 "Transformers are Sample-Efficient World Models" (Micheli, Alonso, Fleuret, ICLR 2023, arXiv:2209.00588).
-Sections, equations and appendices cited below are that paper's.
+Equations and appendices cited below are that paper's; "part 4" is a part of this file.
 """
 
 # A discrete autoencoder turns every frame into a few tokens, so that a game becomes a text. A GPT
-# learns how that text goes on: the next frame, the reward, the end. Sampling from the GPT is a dream
-# of the game, and the policy learns only in dreams. Two hours of real play train the tokenizer and
-# the GPT.
+# learns to continue that text: the next frame, the reward, the end. Sampling from the GPT is a dream
+# of the game, and the policy learns only in dreams. The autoencoder and the GPT are trained on two
+# hours of real play.
 #
 #      real frame                                    reward, end, next frame's tokens
 #          |  encoder                                              ^
-#      K = 16 tokens of 512 words  ------------->  transformer over T = 20 steps of K + 1 tokens
+#      K = 16 tokens (vocabulary 512)  --------->  transformer over T = 20 steps of K + 1 tokens
 #          |  decoder                                              ^
 #      reconstructed frame  ---->  actor-critic (CNN, LSTM)  ----> action
 #
 # In a dream the next frame's tokens take the place of the real frame's, and so on, step after step.
 #
-# Read it from top to bottom. Sizes have letters: N images, B batch, T time steps, K tokens a frame, S
-# positions of the transformer (T (K + 1) for T whole steps), D its width, nh heads of size hs, V
+# Read it from top to bottom. Letters in shapes: N images, B batch, T time steps, K tokens per frame,
+# S positions of the transformer (T (K + 1) for T whole steps), D its width, nh heads of size hs, V
 # vocabulary, E size of a code, g = sqrt(K) side of the token grid, C channels, A actions, L size of
-# the LSTM, H frames of a dream.
+# the LSTM, H frames of a dream (the first is real, so H - 1 steps).
 import argparse
 import io
 import json
@@ -41,8 +41,8 @@ from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
-# Set before torch is imported: idle threads go to sleep soon, and on shared cores, where they would
-# keep others waiting, a dream is twenty times as fast.
+# Set before torch is imported: idle threads go to sleep sooner, which makes dreams up to twenty
+# times as fast where cores are shared.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import ale_py  # noqa: F401 (importing it registers the games)
@@ -53,17 +53,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---- 1. Flags: the paper's numbers in one place (on a first reading, go on to section 2) ---------
-# The defaults are the paper's; where its text and the authors' code differ, the code's. The small
-# preset is the same idea for a machine without a GPU: smaller networks, tokens that are local
-# (section 4), a shorter schedule, other first weights, and a policy that sees what moves (section 6).
-# What a CPU is short of is updates, not real steps: it collects 4000 of them in less than half a
-# minute, and splits a batch of dreams into four updates.
+# ---- 1. Flags: the paper's numbers in one place (on a first reading, go on to part 2) ---------
+# The paper preset follows the authors' code where the paper's text differs. The small preset is the
+# same idea for a machine without a GPU: smaller networks, tokens that are local (part 4), a shorter
+# schedule, different first weights, and a policy that sees what moves (part 6). On a CPU dreams are
+# slow and real steps are not: it collects 4000 of them in less than half a minute, and makes four
+# updates, on a quarter each, of every batch of dreams.
 MAY_CHANGE = ("epochs", "device", "mixed_precision", "final_games", "tensorboard")  # by --resume
 
 
 class InputError(ValueError):
-    """What the user gave cannot work. main() prints it in one line and exits with code 2."""
+    """Invalid input. main() prints it in one line and exits with code 2."""
 
 
 def make_parser(preset):
@@ -71,7 +71,7 @@ def make_parser(preset):
     parser = argparse.ArgumentParser("iris.py", usage="iris.py --env Pong [--help]", allow_abbrev=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def add_argument(name, default, text, choices=None, small=None):
+    def flag(name, default, text, choices=None, small=None):
         shown = str(default)
         if small is not None:  # the presets differ
             shown = f"paper {default}, small {small}"
@@ -83,91 +83,92 @@ def make_parser(preset):
 
     # The modes; without one, it trains.
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--resume", type=Path, metavar="RUN", help="continue it; --epochs may be raised")
-    modes.add_argument("--eval", type=Path, metavar="RUN", help="whole games; or the authors' Pong.pt")
-    modes.add_argument("--play", type=Path, metavar="RUN", help="you play inside its world model")
-    modes.add_argument("--dream", type=Path, metavar="RUN", help="picture and film of its dreams")
-    add_argument("--env", "Pong", "game: Pong, or ALE/Pong-v5")
-    add_argument("--preset", "auto", "auto: paper on CUDA, else small", choices=("auto", "paper", "small"))
-    add_argument("--exp-name", "iris", "goes into the run's name")
-    add_argument("--run-dir", "runs", "folder for the folders of runs")
-    add_argument("--seed", 1, "of networks, sampling and games")
-    add_argument("--device", device, "where to compute", choices=sorted({"cpu", device}))
-    add_argument("--mixed-precision", True, "bfloat16: fast on GPUs from Ampere on", small=False)
-    add_argument("--torch-deterministic", False, "repeatable on a GPU too, but slower")
-    add_argument("--tensorboard", False, "write events for TensorBoard as well")
+    modes.add_argument("--resume", type=Path, metavar="RUN", help="continue a run; --epochs may be raised")
+    modes.add_argument("--eval", type=Path, metavar="RUN", help="score a run, or the authors' Pong.pt")
+    modes.add_argument("--play", type=Path, metavar="RUN", help="play inside a run's world model yourself")
+    modes.add_argument("--dream", type=Path, metavar="RUN", help="picture and film of a run's dreams")
+    flag("--env", "Pong", "game: Pong, or ALE/Pong-v5")
+    flag("--preset", "auto", "auto: paper on CUDA, else small", choices=("auto", "paper", "small"))
+    flag("--exp-name", "iris", "goes into the run's name")
+    flag("--run-dir", "runs", "folder for the folders of runs")
+    flag("--seed", 1, "of networks, sampling and games")
+    flag("--device", device, "where to compute", choices=sorted({"cpu", device}))
+    flag("--mixed-precision", True, "bfloat16: fast on GPUs from Ampere on", small=False)
+    flag("--torch-deterministic", False, "reproducible on a GPU too, but slower")
+    flag("--tensorboard", False, "write events for TensorBoard as well")
     # The schedule: an epoch collects real steps, then trains each network for some updates. A
     # network that starts too early learns from another that knows nothing yet.
-    add_argument("--epochs", 600, "epochs of the run", small=10)
-    add_argument("--collect-epochs", 500, "epochs that collect real steps", small=10)
-    add_argument("--collect-steps", 200, "real steps of each: 500 x 200 is Atari 100k", small=4000)
-    add_argument("--tokenizer-start", 6, "first epoch that trains the tokenizer", small=1)
-    add_argument("--world-model-start", 26, "first epoch that trains the world model", small=1)
-    add_argument("--actor-critic-start", 51, "first epoch that trains the policy", small=4)
-    add_argument("--tokenizer-updates", 200, "updates an epoch", small=20)
-    add_argument("--world-model-updates", 200, "updates an epoch", small=400)
-    add_argument("--actor-critic-updates", 200, "batches of dreams an epoch", small=40)
-    add_argument("--tokenizer-batch", 256, "frames of an update", small=64)
-    add_argument("--world-model-batch", 64, "segments of an update", small=8)
-    add_argument("--actor-critic-batch", 64, "dreams side by side")
-    add_argument("--actor-critic-minibatch", 64, "of them in an update", small=16)
-    add_argument("--tokenizer-lr", 1e-4, "learning rate of Adam")
-    add_argument("--world-model-lr", 1e-4, "learning rate of AdamW", small=1e-3)
-    add_argument("--actor-critic-lr", 1e-4, "learning rate of Adam", small=1e-3)
+    flag("--epochs", 600, "epochs in all", small=10)
+    flag("--collect-epochs", 500, "epochs that collect real steps", small=10)
+    flag("--collect-steps", 200, "real steps per such epoch: 500 x 200 is Atari 100k", small=4000)
+    flag("--tokenizer-start", 6, "first epoch that trains the tokenizer", small=1)
+    flag("--world-model-start", 26, "first epoch that trains the world model", small=1)
+    flag("--actor-critic-start", 51, "first epoch that trains the policy", small=4)
+    flag("--tokenizer-updates", 200, "updates per epoch", small=20)
+    flag("--world-model-updates", 200, "updates per epoch", small=400)
+    flag("--actor-critic-updates", 200, "batches of dreams per epoch", small=40)
+    flag("--tokenizer-batch", 256, "frames per update", small=64)
+    flag("--world-model-batch", 64, "segments per update", small=8)
+    flag("--actor-critic-batch", 64, "dreams side by side")
+    flag("--actor-critic-minibatch", 64, "dreams per update", small=16)
+    flag("--tokenizer-lr", 1e-4, "learning rate of Adam")
+    flag("--world-model-lr", 1e-4, "learning rate of AdamW", small=1e-3)
+    flag("--actor-critic-lr", 1e-4, "learning rate of Adam", small=1e-3)
     # Real play: how it explores, and how it is judged.
-    add_argument("--epsilon", 0.01, "share of random actions while collecting")
-    add_argument("--temperature", 1.0, "of the policy while collecting (Freeway 0.01)")
-    add_argument("--eval-temperature", 0.5, "of it in evaluations; 0: its likeliest action", small=1.0)
-    add_argument("--eval-every", 5, "epochs between evaluations")
-    add_argument("--eval-games", 16, "games of such an evaluation", small=4)
-    add_argument("--final-games", 100, "games of the last one, and of --eval", small=30)
+    flag("--epsilon", 0.01, "share of random actions while collecting")
+    flag("--temperature", 1.0, "of the policy, while collecting (Freeway 0.01)")
+    flag("--eval-temperature", 0.5, "of the policy, in evaluations", small=1.0)
+    flag("--eval-every", 5, "epochs between evaluations")
+    flag("--eval-games", 16, "games per evaluation", small=4)
+    flag("--final-games", 100, "games in the final one, and in --eval", small=30)
     # The networks.
-    add_argument("--local-tokens", False, "each token sees and draws only its own square", small=True)
-    add_argument("--tokens-per-frame", 16, "K; 64: finer, slower (appendix E)", choices=(16, 64))
-    add_argument("--vocab-size", 512, "V: codes in the codebook")
-    add_argument("--perceptual-loss", True, "LPIPS, with a VGG16 from the net", small=False)
-    add_argument("--reconstruction-loss", "l1", "the paper's text has l2", choices=("l1", "l2"), small="l2")
-    add_argument("--sequence-length", 20, "T: steps that the transformer sees", small=12)
-    add_argument("--layers", 10, "transformer blocks", small=2)
-    add_argument("--width", 256, "D, a multiple of the 4 heads", small=128)
-    add_argument("--dropout", 0.1, "on embedding, attention and residuals", small=0.0)
-    add_argument("--reward-loss", "cross-entropy", "the text has mse", choices=("cross-entropy", "mse"))
-    add_argument("--policy-size", 64, "pixels that the policy sees, a side", choices=(16, 32, 64), small=32)
-    add_argument("--lstm-size", 512, "L: size of the policy's memory", small=256)
+    flag("--local-tokens", False, "each token sees and draws only its own square", small=True)
+    flag("--tokens-per-frame", 16, "K; 64: finer, slower (appendix E)", choices=(16, 64))
+    flag("--vocab-size", 512, "V: codes in the codebook")
+    flag("--perceptual-loss", True, "LPIPS; downloads a VGG16", small=False)
+    flag("--reconstruction-loss", "l1", "the paper's text says l2", choices=("l1", "l2"), small="l2")
+    flag("--sequence-length", 20, "T: steps that the transformer sees", small=12)
+    flag("--layers", 10, "transformer blocks", small=2)
+    flag("--width", 256, "D, a multiple of the 4 heads", small=128)
+    flag("--dropout", 0.1, "on embedding, attention and residuals", small=0.0)
+    flag("--reward-loss", "cross-entropy", "the text says mse", choices=("cross-entropy", "mse"))
+    flag("--policy-size", 64, "side of what the policy sees, in pixels", choices=(16, 32, 64), small=32)
+    flag("--lstm-size", 512, "L: size of the policy's memory", small=256)
     # Dreams, and what the policy makes of them.
-    add_argument("--burn-in", 20, "real frames that fill the policy's memory", small=4)
-    add_argument("--context", 1, "real frames that the world model knows before a dream", small=3)
-    add_argument("--horizon", 20, "H: frames of a dream", small=10)
-    add_argument("--draw-rewards", True, "dreams pay a drawn sign, not the mean of it", small=False)
-    add_argument("--gamma", 0.995, "discount: how far the policy looks ahead", small=0.97)
-    add_argument("--td-lambda", 0.95, "of the returns; 0: one step, 1: the whole dream")
-    add_argument("--norm-advantage", False, "advantages of one size in all games", small=True)
-    add_argument("--entropy-coef", 0.001, "how much the policy is to stay undecided", small=0.05)
+    flag("--burn-in", 20, "real frames that fill the policy's memory", small=4)
+    flag("--context", 1, "real frames that the world model sees before a dream", small=3)
+    flag("--horizon", 20, "H: frames of a dream", small=10)
+    flag("--draw-rewards", True, "dreams pay a sampled sign, not its mean", small=False)
+    flag("--gamma", 0.995, "discount: how far the policy looks ahead", small=0.97)
+    flag("--td-lambda", 0.95, "lambda of the returns; 0: one step, 1: the whole dream")
+    flag("--norm-advantage", False, "scale advantages to one size in all games", small=True)
+    flag("--entropy-coef", 0.001, "weight of the entropy bonus", small=0.05)
     return parser
 
 
 def parse_args(argv=None):
     """Command line -> namespace of flags. Bad ones raise InputError, or argparse's SystemExit."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser("paper")
-    # The first pass finds out where the defaults of the second one come from: a run, or a preset.
-    args = parser.parse_args(argv)
+    # The first pass only tells which defaults the second one needs: those of a preset, or of a run.
+    args = make_parser("paper").parse_args(argv)
     run = args.resume or args.eval or args.dream or args.play
+    automatic = "small" if args.device == "cpu" else "paper"
+    preset = automatic if args.preset == "auto" else args.preset
     saved = {}
     if run is not None:
         saved = read_checkpoint(run).get("args", {})
+        preset = saved.get("preset", "paper")
         if args.resume and not saved:
-            raise InputError(f"{run}: weights alone, as the authors' files are, cannot go on")
-        parser.set_defaults(env=run.stem, preset="paper")  # of an authors' Pong.pt
+            raise InputError(f"{run} has only weights, as the authors' files do, and cannot be resumed")
+    parser = make_parser(preset)
+    if run is not None:
+        parser.set_defaults(env=run.stem)  # of an authors' Pong.pt
         parser.set_defaults(**saved)
         if not torch.cuda.is_available():
-            parser.set_defaults(device="cpu")  # a run from a GPU goes on without one
-    else:
-        automatic = "small" if args.device == "cpu" else "paper"
-        preset = automatic if args.preset == "auto" else args.preset
-        parser = make_parser(preset)
-        argv = [*argv, "--preset", preset]
+            parser.set_defaults(device="cpu")  # a run from a GPU can continue without one
     args = parser.parse_args(argv)
+    if args.preset == "auto":
+        args.preset = preset
     args.run = run
     # The same game is also known as PongNoFrameskip-v4 or PongDeterministic-v4.
     args.game = re.sub(r"(NoFrameskip|Deterministic)?-v\d+$", "", args.env.removeprefix("ALE/"))
@@ -176,10 +177,11 @@ def parse_args(argv=None):
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
         least = 1 if type(value) is int and name != "seed" else 0
-        if type(value) in (int, float) and not value >= least:
-            raise InputError(f"{flag} {value} is too small")
+        most = 1 if name in ("epsilon", "dropout", "gamma", "td_lambda") else math.inf
+        if type(value) in (int, float) and not least <= value <= most:
+            raise InputError(f"{flag} {value} is out of range")
         if args.resume and name not in MAY_CHANGE and value != saved.get(name, value):
-            raise InputError(f"{flag} is {saved[name]} in {run}, which goes on as it began")
+            raise InputError(f"{flag} is {saved[name]} in {run}, and cannot change when resumed")
     if not args.tokenizer_start <= args.world_model_start <= args.actor_critic_start:
         raise InputError("--tokenizer-start <= --world-model-start <= --actor-critic-start: each needs the one before")
     if not 1 < args.horizon <= args.sequence_length + 1 - args.context or args.context > args.burn_in:
@@ -192,17 +194,17 @@ def parse_args(argv=None):
 # ---- 2. Environment: real Atari frames, two hours of them ----------------------------------------
 def make_env(env_id, num_envs=1, training=True):
     """-> a gymnasium VectorEnv of RGB frames (num_envs, 1, h, w, 3) uint8."""
-    # An action is held for 4 raw frames; the maximum of the last two is seen, since Atari draws
-    # some things in every other frame. In training games begin with up to 30 no-ops, and a lost
-    # life ends the episode, but not the game. To use a game of another kind, replace this function;
-    # Game reads info["episode_frame_number"].
+    # An action is held for 4 raw frames; the agent sees the maximum of the last two, because Atari
+    # draws some things in every other frame only. In training, games begin with up to 30 no-ops, and
+    # a lost life ends the episode, but not the game. To use a game of another kind, replace this
+    # function; Game reads info["episode_frame_number"].
     try:
         height, width, _ = gym.make(env_id).observation_space.shape
         seen = dict(img_height=height, img_width=width, grayscale=False, stack_num=1, frameskip=4)
         rules = dict(repeat_action_probability=0.0, reward_clipping=False, use_fire_reset=False)
         rules["life_loss_info"] = training
         rules["noop_max"] = 30 if training else 1
-        rules["max_num_frames_per_episode"] = 20_000 if training else 108_000
+        rules["max_num_frames_per_episode"] = 20_000 if training else 108_000  # raw frames
         return gym.make_vec(env_id, num_envs=num_envs, **seen, **rules)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         raise InputError(f"--env {env_id}: {error} (make_env wants a game of ale-py 0.12)") from None
@@ -219,9 +221,9 @@ def resize(frames):
 class Game:
     """Real games, one after another, across epochs and across restarts of the program."""
 
-    # Game number n is seeded with seed + n, and the emulator has no other randomness. So a list of
-    # actions *is* all that it showed: a checkpoint holds just that, and playing them again brings
-    # back every frame and every reward.
+    # Game number n is seeded with seed + n, and the emulator has no other randomness. So the actions
+    # alone determine everything that was seen: a checkpoint holds just them, and playing them again
+    # brings back every frame and every reward.
     def __init__(self, env_id, seed):
         self.env = make_env(env_id)
         self.seed = seed
@@ -245,11 +247,11 @@ class Game:
         if self.opens:
             # The step after an end shows the next episode's first frame. If only a life was lost, it
             # is an ordinary no-op. If the game is over, its action is ignored and a new game begins,
-            # which a frame counter that has fallen back gives away.
-            frames, rewards, _, out_of_time, after = self.env.step(np.array([0]))
+            # which shows in the frame counter: it goes back.
+            frames, rewards, lost, out_of_time, after = self.env.step(np.array([0]))
             reward += float(rewards[0])
             restarted = after["episode_frame_number"][0] < info["episode_frame_number"][0]
-            over = bool(out_of_time[0] or restarted)
+            over = bool(restarted or lost[0] or out_of_time[0])  # the no-op may lose it
         self.frame = resize(frames)[0]
         self.score += reward
         score = self.score if over else None
@@ -259,7 +261,7 @@ class Game:
 
 
 # ---- 3. Replay: every real step, and what the tokenizer makes of it ------------------------------
-CHUNK = 256  # frames tokenized at once; always this many, so that a frame always gives the same bits
+CHUNK = 256  # frames tokenized at once
 
 
 class Replay:
@@ -271,15 +273,18 @@ class Replay:
     # tokens, and the policy sees the reconstructions, never the frames.
     def __init__(self, args):
         n = args.collect_epochs * args.collect_steps + CHUNK
-        zeros = partial(torch.zeros, dtype=torch.long, device=args.device)
         precision = torch.bfloat16 if args.mixed_precision else torch.float32
-        self.frames = zeros(n, 64, 64, 3, dtype=torch.uint8)
-        self.actions = zeros(n)
-        self.rewards = zeros(n, dtype=torch.float32)
-        self.ends = zeros(n)
-        self.starts = zeros(n)  # of the episodes
-        self.tokens = zeros(n, args.tokens_per_frame)
-        self.reconstructions = zeros(n, 3, 64, 64, dtype=precision)
+
+        def zeros(shape, dtype):
+            return torch.zeros(n, *shape, dtype=dtype, device=args.device)
+
+        self.frames = zeros((64, 64, 3), torch.uint8)
+        self.actions = zeros((), torch.long)
+        self.rewards = zeros((), torch.float32)
+        self.ends = zeros((), torch.long)
+        self.starts = zeros((), torch.long)  # of the episodes
+        self.tokens = zeros((args.tokens_per_frame,), torch.long)
+        self.reconstructions = zeros((3, 64, 64), precision)
         self.size = self.episodes = 0
 
     def add(self, frame, action, reward, end, opens):
@@ -296,8 +301,8 @@ class Replay:
     def sample(self, batch, steps, drawn="first"):
         """Segments of T = `steps` steps -> index (B, T) into the columns, valid (B, T)."""
         # Episodes are drawn uniformly, not steps, so that ends come up more often; the running
-        # episode is one of them. Then one of its steps s is drawn, as the first of the segment or
-        # as its last:
+        # episode is one of them. Then one of its steps s = 0, 1, ... is drawn, as the first of the
+        # segment or as its last:
         #   "first", the world model:   s  s+1  s+2  -   -     padding if the episode ends too early
         #   "last", the policy:         -   -    0  ...  s     padding if it begins too late
         # Padding repeats the episode's edge; `valid`, false there, keeps it out of every loss.
@@ -330,9 +335,9 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions beside the identity; (N, C, h, w) -> the same."""
+    """Two normalised 3x3 convolutions and a skip connection; (N, C, h, w) -> the same."""
 
-    # The identity lets gradients through unchanged, so that twenty such blocks can be stacked.
+    # The skip connection lets gradients through unchanged, so that many blocks can be stacked.
     def __init__(self, channels):
         super().__init__()
         self.norm1 = GroupNorm(32, channels)
@@ -348,7 +353,7 @@ class ResBlock(nn.Module):
 class SpatialAttention(nn.Module):
     """Single-head self-attention between the h x w places; (N, C, h, w) -> the same."""
 
-    # Convolutions look at neighbours. Two paddles at opposite edges meet only here.
+    # Convolutions look at neighbours. Two paddles at opposite edges meet here.
     def __init__(self, channels):
         super().__init__()
         self.norm = GroupNorm(32, channels)
@@ -369,7 +374,7 @@ def make_encoder(sizes, C, E):
     for i, size in enumerate(sizes):
         for j in range(2):
             layers[f"down_{i}_block_{j}"] = ResBlock(C)
-            if size in (8, 16):  # larger grids are too costly, smaller ones get theirs in the middle
+            if size in (8, 16):  # larger grids are too costly; the smallest has its own below
                 layers[f"down_{i}_attn_{j}"] = SpatialAttention(C)
         if size > sizes[-1]:  # halve it; padded on the right and at the bottom only
             layers[f"down_{i}_pad"] = nn.ZeroPad2d((0, 1, 0, 1))
@@ -381,7 +386,7 @@ def make_encoder(sizes, C, E):
 
 
 def make_decoder(sizes, C, E):
-    """Latents (N, E, g, g) -> frames (N, 3, 64, 64): the encoder backwards, one block deeper."""
+    """Latents (N, E, g, g) -> frames (N, 3, 64, 64): the encoder backwards, one more block per size."""
     layers = OrderedDict(post_quant_conv=nn.Conv2d(E, E, 1))
     layers["conv_in"] = nn.Conv2d(E, C, 3, padding=1)
     layers.update(mid_block_1=ResBlock(C), mid_attn_1=SpatialAttention(C), mid_block_2=ResBlock(C))
@@ -405,19 +410,20 @@ class Tokenizer(nn.Module):
         self.grid = math.isqrt(args.tokens_per_frame)
         self.reconstruction_loss = F.l1_loss if args.reconstruction_loss == "l1" else F.mse_loss
         if args.local_tokens:
-            # The small preset's. If every token describes the whole screen, the codes run out in
-            # combinations of paddles and scores, and the ball is the first thing to go. Here a
+            # The small preset's. If every token describes the whole screen, the codes are used up
+            # by combinations of paddles and scores, and the ball is the first thing to go. Here a
             # token sees and draws one square: a latent is its pixels, a code is a little picture.
+            # Encoder and decoder have no parameters: only the codes are learned.
             side = 64 // self.grid
             E = 3 * side * side
             self.encoder = nn.PixelUnshuffle(side)  # (N, 3, 64, 64) -> (N, E, g, g)
             self.decoder = nn.PixelShuffle(side)  # and back
-        else:  # the paper's, a VQGAN without its GAN: every token sees the whole frame
+        else:  # the paper's: a VQGAN without its GAN, where every token sees the whole frame
             E = 512
             sizes = [size for size in (64, 32, 16, 8, 4) if size >= self.grid]
             self.encoder = make_encoder(sizes, 64, E)
             self.decoder = make_decoder(sizes, 64, E)
-        # Small first codes: training pulls them to where latents are.
+        # Codes begin near zero; training moves them to the latents.
         self.codebook = nn.Embedding(args.vocab_size, E)
         nn.init.uniform_(self.codebook.weight, -1 / args.vocab_size, 1 / args.vocab_size)
 
@@ -427,7 +433,7 @@ class Tokenizer(nn.Module):
             z = z.float().flatten(2).transpose(1, 2)  # (N, K, E)
             codes = self.codebook.weight  # (V, E)
             # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e
-            return (codes.square().sum(1) - 2 * z @ codes.T).argmin(-1)
+            return (codes.square().sum(1) - 2 * (z @ codes.T)).argmin(-1)
 
     def embed(self, tokens):
         """Tokens (N, K) -> their codes z_q (N, E, g, g)."""
@@ -445,11 +451,11 @@ class Tokenizer(nn.Module):
 
     def loss(self, x, perceptual=None):
         """Equation 1 on frames x (N, 3, 64, 64) in [-1, 1] -> loss, metrics; with LPIPS if given."""
-        # |x - D(z_q)| + |sg(z) - z_q|^2 + |z - sg(z_q)|^2 + LPIPS(x, D(z_q)), all of them means;
-        # sg stops the gradient.
+        # |x - D(z_q)| + |sg(z) - z_q|^2 + |z - sg(z_q)|^2 + LPIPS(x, D(z_q)), each a mean; sg stops
+        # the gradient.
         z = self.encoder(x)  # (N, E, g, g)
         z_q = self.embed(self.quantize(z))
-        # argmin has no gradient, and without one the encoder would learn nothing of the picture.
+        # argmin has no gradient, and without one the encoder would learn nothing about the picture.
         # Straight through: the value is z_q, the gradient passes to z as if nothing were rounded.
         x_hat = self.decoder(z + (z_q - z).detach())
         # L1 forgives a pixel that is far off, L2 does not: a lost ball costs more.
@@ -463,15 +469,15 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def revive_codes(self, x):
-        """For local tokens: codes that no square of frames x (N, 3, 64, 64) uses get a square that has none."""
+        """For local tokens: gives every code that frames x (N, 3, 64, 64) do not use a new square."""
         latents = self.encoder(x).flatten(2).transpose(1, 2).flatten(0, 1)  # (N K, E)
         codes = self.codebook.weight
         distance, tokens = torch.cdist(latents, codes).square().min(dim=1)  # each (N K,)
         unused = (tokens.bincount(minlength=len(codes)) == 0).nonzero().flatten()
-        # Most squares are background, which has its code. So a square is picked with probability
-        # proportional to its squared distance from the nearest code so far (k-means++), and what
-        # has no code yet gets one: the ball in yet another place. Distances below 0.01 are rounding:
-        # such a square has its code, and is picked only where nothing else is left.
+        # Most squares are background, which has its code. So an unused code gets the pixels of a
+        # square that is picked with probability proportional to its squared distance from the
+        # nearest code so far (k-means++): the ball in yet another place. Sixteen at a time are fast
+        # enough. A distance below 0.01 is rounding: that square has its code already.
         for i in range(0, len(unused), 16):
             part = unused[i : i + 16]
             picked = torch.multinomial(distance + 1e-9, len(part))
@@ -483,14 +489,14 @@ class Tokenizer(nn.Module):
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 HEADS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
-HEADS_NAME = "lpips_vgg-a78928a0.pth"  # in torch hub's cache; the hash is checked
+HEADS_NAME = "lpips_vgg-a78928a0.pth"  # in torch hub's cache; downloads must have this hash
 VGG_STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # torchvision's numbers
 
 
 def lpips(weights, x, y):
-    """How differently a trained VGG16 sees images x, y (N, 3, h, w) in [-1, 1] -> (N,); Zhang 2018."""
+    """How differently a VGG16 sees images x, y (N, 3, h, w) in [-1, 1] -> (N,); Zhang et al. 2018."""
     distance = 0
-    # In float32: bfloat16 bends the gradient where x and y are close.
+    # In float32: bfloat16 distorts the gradient where x and y are close.
     with torch.autocast(x.device.type, enabled=False):
         x = (x.float() - weights["shift"]) / weights["scale"]
         y = (y.float() - weights["shift"]) / weights["scale"]
@@ -527,13 +533,13 @@ def load_lpips(device):
 
 
 # ---- 5. World model: Atari as a language (a GPT; section 2.2, appendix A.2) ----------------------
-# Step i is its K = 16 frame tokens zi0 .. zif (hexadecimal), then its action ai. What is predicted:
+# Step i has 16 frame tokens, zi0 to zif (hex digits), then its action ai. What is predicted:
 #   position     0    1  ...   14   15     16  |  17   18  ...   31   32     33  |  34
 #   input       z00  z01 ...  z0e  z0f     a0  |  z10  z11 ...  z1e  z1f     a1  |  z20 ...
 #   next token  z01  z02 ...  z0f    -    z10  |  z11  z12 ...  z1f    -    z20  |  z21 ...
 #   reward, end                         r0, e0 |                          r1, e1 |
-# z0f predicts no token: an action follows it, which is the policy's to choose. A token sees
-# everything to its left.
+# z0f predicts no token: an action follows it, and the policy chooses that. A token sees everything
+# to its left.
 class Block(nn.Module):
     """Pre-norm transformer block: (B, S, D) -> the same."""
 
@@ -548,8 +554,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x, cache=None, start=0):
-        """Without a cache x is the whole sequence. With one, x holds positions start .. start + S - 1
-        and the cache (2, B, nh, S_max, hs) the keys and values before them; theirs are added to it."""
+        """Without a cache, x is the whole sequence. With one, it is positions start .. start + S - 1;
+        their keys and values join the earlier ones in the cache (2, B, nh, S_max, hs)."""
         B, S, D = x.shape
         qkv = self.qkv(self.ln1(x)).view(B, S, 3, self.heads, D // self.heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, S, hs)
@@ -563,7 +569,7 @@ class Block(nn.Module):
         if start > 0 and S > 1:
             mask = torch.ones(S, start + S, dtype=torch.bool, device=x.device).tril(start)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=start == 0)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=(start == 0))
         y = self.proj(y.transpose(1, 2).reshape(B, S, D))
         x = x + F.dropout(y, self.dropout, self.training)
         return x + F.dropout(self.mlp(self.ln2(x)), self.dropout, self.training)
@@ -578,7 +584,7 @@ class WorldModel(nn.Module):
         self.tokens_per_frame = K
         self.token_embedding = nn.Embedding(V, D)
         self.action_embedding = nn.Embedding(num_actions, D)
-        # Embeddings of its own, not the tokenizer's codes; and a learned vector for each position.
+        # It learns its own embeddings, not the tokenizer's codes, and a vector for each position.
         self.pos_emb = nn.Embedding(args.sequence_length * (K + 1), D)
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList(Block(D, args.dropout) for _ in range(args.layers))
@@ -633,7 +639,7 @@ class WorldModel(nn.Module):
         return chances[..., 2] - chances[..., 0]
 
     def loss(self, tokens, actions, rewards, ends, valid):
-        """Segments (B, T, ...) -> loss, metrics: of tokens, rewards, ends, each a mean where valid."""
+        """Segments (B, T, ...) -> loss, metrics; three cross-entropies, each a mean over valid steps."""
         token_logits, reward_logits, end_logits = self.predict(tokens, actions)
         # Prediction i is about frame token i + 1. The very first token is given; the last action
         # predicts a frame that is not in the segment. cross_entropy skips targets of -100.
@@ -655,16 +661,17 @@ class WorldModel(nn.Module):
 
 # ---- 6. Actor-critic: learns in dreams, plays for real (section 2.3, appendices A.3 and B) -------
 class ActorCritic(nn.Module):
-    """CNN and LSTM with a policy and a value head. Its memory, `state`, is a pair of (B, L)."""
+    """CNN and LSTM with a policy and a value head. Its memory, `state`, is (B, 2, L): h and c."""
 
     def __init__(self, args, num_actions):
         super().__init__()
-        # A small eye: four times a convolution and half the resolution.
+        # A small eye: four convolutions, each followed by halving the resolution.
         size = args.policy_size
         layers = [nn.AvgPool2d(64 // size)]
         if args.preset == "small":
             # Two frames of a game differ in a few pixels: what they share drowns what moves. So a
-            # pixel is seen as its distance from its mean, in its own standard deviations.
+            # pixel is seen as its distance from its mean, in its own standard deviations, at most 5
+            # of them. eps = 0.05^2 keeps pixels that hardly ever change from being blown up.
             whiten = nn.BatchNorm1d(3 * size * size, eps=0.0025, momentum=1.0, affine=False)
             layers += [nn.Flatten(), whiten, nn.Unflatten(1, (3, size, size)), nn.Hardtanh(-5, 5)]
         channels = 3
@@ -672,13 +679,13 @@ class ActorCritic(nn.Module):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
             channels = width
         self.cnn = nn.Sequential(*layers, nn.Flatten())  # (N, 3, 64, 64) -> (N, 1024), or fewer
-        # One frame shows no velocities: the memory has to tell where the ball came from.
+        # One frame shows no velocities: the memory has to know where the ball came from.
         self.lstm = nn.LSTMCell(64 * (args.policy_size // 16) ** 2, args.lstm_size)
         self.actor = nn.Linear(args.lstm_size, num_actions)
         self.critic = nn.Linear(args.lstm_size, 1)
         if args.preset == "small":
-            # torch's own weights let through 1 to 3 % of what differs between frames. With them the
-            # policy learns nothing from 41,000 real frames of KungFuMaster; with these it wins three
+            # torch's own weights shrink the differences between frames to 1 to 3 %. With them the
+            # policy learned nothing from 41,000 real frames of KungFuMaster; with these it won three
             # times as much as random play.
             for name, parameter in self.cnn.named_parameters():
                 if name.endswith("weight"):
@@ -689,38 +696,39 @@ class ActorCritic(nn.Module):
     @torch.no_grad()
     def adapt(self, frames):
         """For the small preset: takes means and deviations from decoded frames (N, 3, 64, 64)."""
-        whiten = self.cnn[2].train()  # only in this mode does it keep what it measures
+        whiten = self.cnn[2].train()  # in this mode it replaces its statistics (momentum = 1)
         whiten(self.cnn[:2](frames.float()))
         whiten.eval()
 
     def initial_state(self, batch):
-        """An empty memory of `batch` players."""
-        empty = self.actor.weight.new_zeros(batch, self.lstm.hidden_size)
-        return empty, empty
+        """An empty memory of `batch` players, (batch, 2, L)."""
+        return self.actor.weight.new_zeros(batch, 2, self.lstm.hidden_size)
 
     def forward(self, frames, state, valid=None):
         """Decoded frames (B, T, 3, 64, 64), memory before them -> logits (B, T, A), values (B, T),
         memory after them. Where `valid` (B, T) is false, on padding, the memory stays empty."""
-        features = self.cnn(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])  # (B, T, 1024)
+        features = self.cnn(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])  # (B, T, features)
+        h, c = state.unbind(1)
         hidden = []
-        with torch.autocast(frames.device.type, enabled=False):  # bfloat16 has 8 significant bits: too few
+        with torch.autocast(frames.device.type, enabled=False):  # memory needs more than bfloat16's 8 bits
             for t in range(frames.shape[1]):
-                state = self.lstm(features[:, t].float(), state)
+                h, c = self.lstm(features[:, t].float(), (h, c))
                 if valid is not None:
-                    state = tuple(x * valid[:, t, None] for x in state)
-                hidden.append(state[0])
+                    h = h * valid[:, t, None]
+                    c = c * valid[:, t, None]
+                hidden.append(h)
             hidden = torch.stack(hidden, dim=1)  # (B, T, L)
-            return self.actor(hidden), self.critic(hidden)[..., 0], state
+            return self.actor(hidden), self.critic(hidden)[..., 0], torch.stack([h, c], dim=1)
 
     def loss(self, dreamt, args):
         """A dream, as `imagine` returns it -> loss, metrics; appendix B."""
-        # The dream was played without gradient; this pass over its frames has it. Its actions were
-        # sampled from this policy (or, where a batch is split into updates, from one a few updates
-        # old), so that their log-probabilities are its own.
-        logits, values, _ = self(dreamt["frames"], dreamt["state"].unbind(1))  # (B, H, A), (B, H)
+        # The dream was played without gradient; this pass over its frames has it. With one update
+        # per batch, the actions are this policy's own. The small preset makes four and ignores that
+        # the policy has moved a little since: there is no importance ratio.
+        logits, values, _ = self(dreamt["frames"], dreamt["state"])  # (B, H, A), (B, H)
         rewards, ends = dreamt["rewards"], dreamt["ends"]  # (B, H - 1)
         returns = lambda_returns(rewards, values.detach(), ends, args.gamma, args.td_lambda)
-        # What is dreamt after an end is worth nothing: it takes no part in any of the losses.
+        # What is dreamt after an end takes no part in any of the losses.
         alive = (ends.cumsum(1) - ends == 0).float()  # 1 up to and including the first end
         weight = alive / alive.sum()
         log_policy = logits[:, :-1].log_softmax(-1)  # the last frame has a value, no action
@@ -731,10 +739,10 @@ class ActorCritic(nn.Module):
         value_loss = (weight * advantage.square()).sum()
         gain = advantage.detach()
         if args.norm_advantage:
-            # Divided by their root mean square, which is that of the value loss, so that entropy
-            # weighs the same where rewards are many and where they are few. The 0.05 keeps noise
-            # small where there are none.
-            gain = gain / (value_loss.detach().sqrt() + 0.05)
+            # Divided by their root mean square, the root of the value loss, so that entropy weighs
+            # the same where rewards are many and where they are few. The 0.01 keeps noise small
+            # where there are no rewards.
+            gain = gain / (value_loss.detach().sqrt() + 0.01)
         policy_loss = -(weight * log_chosen * gain).sum()
         # Entropy keeps the policy from settling on an action before it has tried the others.
         entropy = -(weight[..., None] * log_policy.exp() * log_policy).sum()
@@ -770,12 +778,12 @@ class Agent(nn.Module):
         self.actor_critic = ActorCritic(args, num_actions)
         self.draw_rewards = args.draw_rewards
 
-    def act(self, frames, h, c, temperature):
-        """Real frames (N, 64, 64, 3), memory, temperature (a scalar) -> actions (N,), memory."""
-        # The policy grew up in dreams. So that reality looks the same, it is decoded, too.
+    def act(self, frames, state, temperature):
+        """Real frames (N, 64, 64, 3), memory, temperature (a tensor) -> actions (N,), memory."""
+        # The policy learned from decoded frames, so real frames are decoded for it, too.
         seen = self.tokenizer.decode(self.tokenizer.encode(to_network(frames)))
-        logits, _, (h, c) = self.actor_critic(seen[:, None], (h, c))
-        return sample(logits[:, 0] / temperature.clamp(min=1e-3)), h, c  # at 0 the likeliest
+        logits, _, state = self.actor_critic(seen[:, None], state)
+        return sample(logits[:, 0] / temperature.clamp(min=1e-3)), state
 
 
 def sample(logits):
@@ -789,31 +797,32 @@ def sample(logits):
 @torch.no_grad()  # the policy must not reshape its own dream
 def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
     """Dreams `steps` = H - 1 steps after real ones -> dict of frames (B, H, 3, 64, 64), tokens
-    (B, H, K), both beginning with the last real frame; actions, rewards, ends (B, H - 1); state, the
-    policy's memory before them."""
-    # The policy gets the past as decoded frames (B, T, 3, 64, 64), with valid (B, T) false on
-    # padding; the world model as past_tokens (B, n, K) and past_actions (B, n) of the last n steps:
-    #                   padding | real frames .......... | the last one | H - 1 dreamt frames
-    #     policy        skipped | its memory, no gradient | acts        | acts on all but the last
-    #     world model           |        knows n - 1, and | this one    | samples them
-    # The last of past_actions is ignored: the policy chooses its own, or `given` (B, H - 1) does.
+    (B, H, K), both beginning with the last real frame; actions, rewards, ends (B, H - 1); state
+    (B, 2, L), the policy's memory before them."""
+    # The policy gets the past as decoded frames (B, burn-in + 1, 3, 64, 64), with valid (B, burn-in
+    # + 1) false on padding; the world model as past_tokens (B, n, K) and past_actions (B, n) of the
+    # last n of these steps:
+    #                  padding     burn-in            last real frame    H - 1 dreamt frames
+    #    policy        ignored     fills the memory   acts on it         acts on all but the last one
+    #    world model   -           reads n - 1        reads it           samples them
+    # The last of past_actions is ignored: the policy chooses a new one, or `given` (B, H - 1) does.
     world_model = agent.world_model
     state = agent.actor_critic.initial_state(len(frames))
     _, _, state = agent.actor_critic(frames[:, :-1], state, valid[:, :-1])
     frame = frames[:, -1]
     lists = dict(frames=[frame], tokens=[past_tokens[:, -1]], actions=[], rewards=[], ends=[])
-    start = state
+    state_before = state
     # Keys and values of the past are cached, so that a new position costs one position, not all:
     # `pending` is the embedding of the newest token, not yet fed, and `position` where it belongs.
     # A frame's last token predicts nothing and waits for the action; the two go in together, so
     # that the K + 1 positions of a step cost K passes.
-    embedded = world_model.embed(past_tokens, past_actions)[:, :-1]
-    pending = embedded[:, -1]
+    embedded = world_model.embed(past_tokens, past_actions)[:, :-1]  # all but the last action
+    pending = embedded[:, -1]  # (B, D): the last frame's last token
     positions, D = world_model.pos_emb.weight.shape
     block = world_model.blocks[0]
-    shape = len(world_model.blocks), 2, len(frames), block.heads, positions, D // block.heads
-    caches = block.qkv(pending).new_zeros(shape)  # in a qkv's precision: bfloat16 under autocast
-    world_model(embedded[:, :-1], caches)  # fills them; what it predicts is already known
+    shape = (len(world_model.blocks), 2, len(frames), block.heads, positions, D // block.heads)
+    caches = block.qkv(pending).new_zeros(shape)  # in the precision of keys and values
+    world_model(embedded[:, :-1], caches)  # fills them; what it predicts is known already
     position = embedded.shape[1] - 1
     for t in range(steps):
         logits, _, state = agent.actor_critic(frame[:, None], state)
@@ -822,7 +831,7 @@ def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
         h = world_model(pair, caches, position)[:, -1]  # (B, D), at the action
         position += 2
         reward = world_model.head_reward(h).float()  # (B, 3): logits of the signs; or (B, 1): mse
-        # The mean of the sign teaches the same as a drawn sign, with less noise.
+        # The mean of the sign teaches the same as a sampled sign, with less noise.
         if agent.draw_rewards and reward.shape[1] == 3:
             reward = sample(reward) - 1.0  # (B,)
         else:
@@ -841,7 +850,7 @@ def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
         for name, value in step.items():
             lists[name].append(value)
     dreamt = {name: torch.stack(values, dim=1) for name, values in lists.items()}
-    return dict(dreamt, state=torch.stack(start, dim=1))
+    return dict(dreamt, state=state_before)
 
 
 def accelerate(function, args):
@@ -860,9 +869,9 @@ def accelerate(function, args):
         shapes = tuple(x.shape for x in inputs)
         if shapes not in graphs:
             # Recording draws random numbers too. A resumed run records later than one never stopped,
-            # and is to draw the same ones.
+            # but must draw the same ones.
             with torch.random.fork_rng([torch.cuda.current_device()]):
-                static = tuple(x.clone() for x in inputs)  # where later inputs will be copied to
+                static = tuple(x.clone() for x in inputs)  # later inputs are copied into these
                 graphs[shapes] = torch.cuda.make_graphed_callables(run, static)
         return graphs[shapes](*inputs)
 
@@ -870,17 +879,17 @@ def accelerate(function, args):
 
 
 def autocast(args):
-    """The context of training's and of dreams' forward passes: bfloat16 if flagged, else float32."""
+    """The context of forward passes: bfloat16 with --mixed-precision, else float32."""
     return torch.autocast(args.device, torch.bfloat16, enabled=args.mixed_precision)
 
 
 # ---- 8. Training: collect, then train the three networks, epoch after epoch ----------------------
 # What an epoch's line on the terminal shows; metrics.csv has everything.
-SHOWN = "real_steps train_return tokenizer_loss token_loss dream_return entropy eval_return".split()
+SHOWN = ("real_steps", "train_return", "tokenizer_loss", "token_loss", "dream_return", "entropy", "eval_return")
 
 
 def progress(count, label):
-    """range(count), keeping a line on the terminal with what is done and how long it will take."""
+    """range(count), with a line on the terminal that shows progress and time left."""
     begun = time.time()
     for i in range(count):
         yield i
@@ -891,7 +900,7 @@ def progress(count, label):
 
 
 def descend(network, optimizer):
-    """Clips the gradient's norm to 10 (appendix A) and makes a step -> the norm before."""
+    """Takes a step with the gradient's norm clipped to 10 (appendix A) -> the norm before."""
     length = nn.utils.clip_grad_norm_(network.parameters(), 10.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -900,7 +909,7 @@ def descend(network, optimizer):
 
 def means(history):
     """A list of metrics, each a dict of tensors -> their means, as floats."""
-    # Only now, after the phase: every reading waits for the GPU, and is time that it stands idle.
+    # Once per phase: to read a value is to wait for the GPU, which then stands idle.
     columns = {name: [metrics[name].detach() for metrics in history] for name in history[0]}
     return {name: float(torch.stack(column).mean()) for name, column in columns.items()}
 
@@ -909,17 +918,17 @@ def collect(agent, act, game, replay, args):
     """Real steps, into the replay -> metrics."""
     temperature = torch.tensor(args.temperature, device=args.device)
     state = agent.actor_critic.initial_state(1)
-    if not game.opens:  # the policy has changed: it looks at the running episode again
+    if not game.opens:  # the policy has changed: it watches the running episode again
         start = max(int(replay.starts[replay.episodes - 1]), replay.size - args.burn_in)
         for frame in replay.frames[start : replay.size]:
-            _, *state = act(frame[None], *state, temperature)
+            _, state = act(frame[None], state, temperature)
     scores = []
     for _ in progress(args.collect_steps, "collect"):
         frame, opens = game.frame, game.opens
         if opens:
             state = agent.actor_critic.initial_state(1)
-        # The policy's own actions, sampled: exploration is its entropy, and a few random ones.
-        action, *state = act(frame[None].to(args.device), *state, temperature)
+        # Actions are sampled: exploration comes from the policy's entropy and a few random actions.
+        action, state = act(frame[None].to(args.device), state, temperature)
         if torch.rand(1) < args.epsilon:
             action = torch.randint(game.num_actions, (1,))
         reward, end, score = game.step(int(action))
@@ -932,7 +941,7 @@ def collect(agent, act, game, replay, args):
 
 def train_tokenizer(tokenizer, optimizer, replay, args, perceptual):
     """An epoch's updates on single frames -> metrics."""
-    if args.local_tokens:  # in place of hundreds of updates, and better: the codes are real squares
+    if args.local_tokens:  # better than hundreds of updates: the codes are real squares
         some = torch.randperm(replay.size)[:4096]
         tokenizer.revive_codes(to_network(replay.frames[some]))
     history = []
@@ -949,7 +958,8 @@ def train_tokenizer(tokenizer, optimizer, replay, args, perceptual):
 
 @torch.no_grad()
 def tokenize_replay(tokenizer, replay, args):
-    """What the next two phases need of the tokenizer, which does not change meanwhile -> metrics."""
+    """Caches the tokens and reconstructions that the next two phases read -> metrics."""
+    # Whole chunks, even the last: a frame's bits must not depend on the size of the replay.
     for i in progress(math.ceil(replay.size / CHUNK), "tokens"):
         part = slice(i * CHUNK, (i + 1) * CHUNK)
         with autocast(args):
@@ -960,7 +970,7 @@ def tokenize_replay(tokenizer, replay, args):
 
 def train_world_model(world_model, optimizer, replay, args):
     """An epoch's updates on segments of T real steps -> metrics."""
-    # Dropout is on here only: dreams and evaluations want the world model's best guess.
+    # Dropout is on only here: dreams and evaluations want the world model's best guess.
     world_model.train()
     history = []
     for _ in progress(args.world_model_updates, "world model"):
@@ -999,9 +1009,9 @@ def train_actor_critic(actor_critic, optimizer, replay, args, dreamer):
 
 
 def make_optimizers(agent, args):
-    """-> dict of optimizers: AdamW for the transformer, Adam for the others; the paper's appendix A."""
-    # Weight decay pulls on the transformer's matrices. Embeddings, gains and biases must keep their
-    # size: a word that is rare would otherwise fade between two uses.
+    """-> dict of optimizers: AdamW for the transformer, Adam for the others; appendix A."""
+    # Weight decay applies to the transformer's matrices only. Embeddings, gains and biases must keep
+    # their size: a rare word would otherwise fade between two uses.
     parameters = dict(agent.world_model.named_parameters())
     decayed = [p for name, p in parameters.items() if p.dim() == 2 and "emb" not in name]
     others = [p for name, p in parameters.items() if p.dim() == 1 or "emb" in name]
@@ -1026,7 +1036,7 @@ def train(args, folder):
     if args.resume:
         history = load_run(folder, agent, optimizers, game, replay)
     if args.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter  # here, since most do without
+        from torch.utils.tensorboard import SummaryWriter  # imported here, since few runs need it
 
         board = SummaryWriter(folder)
     save_run(folder, args, history, agent, optimizers, replay)
@@ -1057,8 +1067,8 @@ def train(args, folder):
         # A loss that is not finite has already spoilt the weights: stop before they are saved.
         for name, value in row.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{name} in epoch {epoch} is {value}; {folder} still holds the epoch before")
-        # Nothing below teaches anything: it measures, keeps and shows.
+                raise FloatingPointError(f"{name} in epoch {epoch} is {value}; {folder} still holds the previous epoch")
+        # No training below this line: it measures, keeps and shows.
         if epoch % args.eval_every == 0:
             result, recording = evaluate(agent, act, args, args.eval_games)
             write_pictures(agent, args, recording, folder / "media" / f"epoch_{epoch:03d}")
@@ -1096,21 +1106,23 @@ Seaquest 68.4 42054.7 661.32 | UpNDown 533.4 11693.2 3546.2
 def play_games(agent, act, args, games, max_steps=math.inf):
     """Plays whole games side by side -> returns (games,), and frames, actions, rewards of the first
     game, 1000 steps at most. max_steps: stop after so many."""
-    # All games start at once, and the longest is waited for: to stop after so many games would
-    # favour short ones, which are the lost ones.
+    # All games start at once, and we wait for the longest: to take the first n that finish would
+    # favour short games, usually lost ones.
     env = make_env(args.env, games, training=False)
     first_seed = args.seed * 100_000 + 50_000  # not training's games
     frames, _ = env.reset(seed=(first_seed + np.arange(games)) % 2**31)
-    torch.manual_seed(args.seed)  # the same agent plays the same games again
+    torch.manual_seed(args.seed)  # evaluations can be repeated
     temperature = torch.tensor(args.eval_temperature, device=args.device)
     state = agent.actor_critic.initial_state(games)
     returns = np.zeros(games)
     playing = np.ones(games, dtype=bool)
     recording = []
-    while playing.any() and len(recording) < max_steps:
+    step = 0
+    while playing.any() and step < max_steps:
+        step += 1
         seen = resize(frames)
         # The policy's memory begins empty and lasts for the whole game, across lives.
-        actions, *state = act(seen.to(args.device), *state, temperature)
+        actions, state = act(seen.to(args.device), state, temperature)
         actions = actions.cpu()
         frames, rewards, terminated, truncated, _ = env.step(actions.numpy())
         returns += rewards * playing  # a game that is over waits for the others
@@ -1140,7 +1152,7 @@ def health(agent, recording, T):
     expected = logits[:, tokens.shape[2] - 1 : -1].argmax(-1)
     metrics["token_accuracy"] = (expected == tokens[:, 1:].flatten(1)).float().mean()
     metrics["copy_accuracy"] = (tokens[:, :-1] == tokens[:, 1:]).float().mean()
-    # Rewards are rare: never to predict one has a low loss, and teaches the policy nothing.
+    # Rewards are rare: a model that never predicts one has a low loss, but teaches nothing.
     expected = agent.world_model.expected_reward(reward).flatten().round()
     paid = rewards != 0
     metrics["reward_recall"] = (paid & (expected == rewards.sign())).sum() / paid.sum().clamp(min=1)
@@ -1174,7 +1186,7 @@ def write_atomically(path, data):
     """All of the bytes or none: no reader, and no power cut, ever meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    # A rename is atomic, a write is not; fsync, so that the bytes are there before the name is.
+    # A rename is atomic, a write is not; fsync, so that the data is on disk before the rename.
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
@@ -1195,7 +1207,7 @@ def read_checkpoint(path):
 
 
 def save_run(folder, args, history, agent, optimizers, replay):
-    """Writes all that the next epoch needs; for people, metrics.csv and config.json."""
+    """Writes all that the next epoch needs, and for people to read, metrics.csv and config.json."""
     # Weights, Adam's averages, and the actions so far: frames, rewards and tokens follow from them.
     saved_args = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
     state = dict(args=saved_args, history=history, agent=agent.state_dict())
@@ -1212,13 +1224,13 @@ def save_run(folder, args, history, agent, optimizers, replay):
 
 
 def load_run(folder, agent, optimizers, game, replay):
-    """Puts everything back to where the run's checkpoint was written -> history."""
+    """Restores everything that the run's checkpoint holds -> history."""
     state = read_checkpoint(folder)
     load_weights(agent, state, folder)
     # Adam's averages too: without them the next updates would be others.
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
-    # Two minutes for 100,000 steps, where the frames would be 1.2 GB in every run's folder.
+    # Playing 100,000 steps again takes two minutes; their frames would be 1.2 GB on disk.
     actions = state["columns"]["actions"].tolist()
     for i in progress(len(actions), "play again"):
         frame, opens = game.frame, game.opens
@@ -1289,10 +1301,10 @@ def write_pictures(agent, args, recording, folder):
     known = T // 2
 
     def dream_on(firsts, as_played):
-        """-> frames (B, T, 3, 64, 64) of the segments that begin with the frames numbered `firsts`."""
+        """-> frames (B, T, 3, 64, 64) of the segments that begin at the frames `firsts`."""
         index = torch.tensor(firsts, device=frames.device)[:, None] + torch.arange(T, device=frames.device)
         past = index[:, :known]
-        seen = torch.cat([past[:, :1], past], dim=1)  # one padding frame, so that there is a burn-in
+        seen = torch.cat([past[:, :1], past], dim=1)  # padding, for the burn-in
         valid = torch.arange(known + 1, device=frames.device).expand_as(seen) > 0
         given = actions[index[:, known - 1 : -1]] if as_played else None
         dreamt = imagine(agent, T - known, decoded[seen], valid, tokens[past], actions[past], given)
@@ -1320,7 +1332,7 @@ def write_pictures(agent, args, recording, folder):
     _, png = cv2.imencode(".png", image)
     write_atomically(folder / "dream.png", png)
 
-    # The film: real beside dreamt; the dream begins again from real frames every half of T.
+    # The film: real beside dreamt; the dream restarts from real frames every T / 2 steps.
     images = []
     firsts = list(range(0, min(len(frames) - T, 200) + 1, T - known))
     for first, dreamt in zip(firsts, dream_on(firsts, True)):
@@ -1336,8 +1348,8 @@ def write_pictures(agent, args, recording, folder):
 @torch.no_grad()
 def play(agent, args, recording):
     """The world model as a game, in a window; you are the policy."""
-    # Between two keys the world model dreams a single step, from as many of the last frames as fit.
-    # What it has forgotten it makes up.
+    # For every key the world model dreams a single step, from as many of the last frames as fit. It
+    # invents whatever has left its context.
     keys = gym.make(args.env).unwrapped.get_keys_to_action()  # such as ("w", " "): up and fire
     moves = {pressed[0]: action for pressed, action in keys.items() if len(pressed) == 1}
     print("keys: w a s d, space to fire, r: another start, q: quit", flush=True)
@@ -1350,7 +1362,7 @@ def play(agent, args, recording):
             score, end = 0.0, False
         elif not end:
             actions[0, -1] = moves.get(key, 0)
-            seen = agent.tokenizer.decode(tokens[0, [-1, -1]])[None]  # for the policy: it is not asked
+            seen = agent.tokenizer.decode(tokens[0, [-1, -1]])[None]  # imagine asks for a burn-in
             dreamt = imagine(agent, 1, seen, torch.ones(1, 2).to(seen), tokens, actions, actions[:, -1:])
             score += float(dreamt["rewards"])
             end = bool(dreamt["ends"])
@@ -1390,7 +1402,7 @@ def look_into(args):
 
 def main(argv=None):
     """Command line -> exit code: 0 done, 1 training diverged, 2 bad input, 130 stopped."""
-    # The one place where errors become a line for people. Mistakes in the program stay tracebacks.
+    # The one place where errors become one-line messages. Mistakes in the program stay tracebacks.
     folder = None
     try:
         args = parse_args(argv)
@@ -1400,7 +1412,7 @@ def main(argv=None):
         if args.eval or args.dream or args.play:
             look_into(args)
             return 0
-        # The process's number keeps two runs apart that begin in the same second.
+        # The process's number tells apart two runs that begin in the same second.
         now = time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
         name = f"{args.game.replace('/', '-')}__{args.exp_name}__{args.seed}__{now}"
         folder = args.run if args.resume else Path(args.run_dir, name)
@@ -1411,7 +1423,7 @@ def main(argv=None):
     except FloatingPointError as error:
         code, message = 1, str(error)
     except (InputError, ImportError, OSError, MemoryError, RuntimeError, cv2.error) as error:
-        # Of RuntimeErrors only a GPU's and an allocator's are about the machine.
+        # Of RuntimeErrors, only a GPU's and an allocator's are the machine's fault.
         machine = isinstance(error, torch.AcceleratorError) or "alloc" in str(error)
         if isinstance(error, RuntimeError) and not machine:
             raise
