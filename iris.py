@@ -586,6 +586,13 @@ class WorldModel(nn.Module):
         self.action_embedding = nn.Embedding(num_actions, D)
         # It learns its own embeddings, not the tokenizer's codes, and a vector for each position.
         self.pos_emb = nn.Embedding(args.sequence_length * (K + 1), D)
+        self.local_tokens = args.local_tokens
+        if args.local_tokens:
+            # A local token's code is a small picture, and is embedded by its pixels as well: what is
+            # learned of one token then serves all that look like it. Rare rewards need that most.
+            pixels = 3 * 64 * 64 // K
+            self.project_pixels = nn.Linear(pixels, D, bias=False)
+            self.register_buffer("code_pixels", torch.zeros(V, pixels))
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList(Block(D, args.dropout) for _ in range(args.layers))
         self.ln_f = nn.LayerNorm(D)
@@ -609,9 +616,21 @@ class WorldModel(nn.Module):
             places = std * torch.randn(K + 1, D)
             self.pos_emb.weight.data.copy_((steps + places).flatten(0, 1))
 
+    @torch.no_grad()
+    def take_codes(self, codes):
+        """For local tokens: takes the pixels of the tokenizer's codes (V, E), centred and scaled."""
+        codes = codes - codes.mean(0)
+        self.code_pixels.copy_(codes / codes.square().sum(1).mean().sqrt())
+
+    def token_vectors(self):
+        """-> the embeddings of the whole vocabulary (V, D)."""
+        if self.local_tokens:
+            return self.token_embedding.weight + self.project_pixels(self.code_pixels)
+        return self.token_embedding.weight
+
     def embed(self, tokens, actions):
         """Tokens (B, T, K), actions (B, T) -> (B, S, D): a step's frame tokens, then its action."""
-        tokens = self.token_embedding(tokens)  # (B, T, K, D)
+        tokens = F.embedding(tokens, self.token_vectors())  # (B, T, K, D)
         actions = self.action_embedding(actions)[:, :, None]  # (B, T, 1, D)
         return torch.cat([tokens, actions], dim=2).flatten(1, 2)
 
@@ -818,6 +837,7 @@ def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
     # that the K + 1 positions of a step cost K passes.
     embedded = world_model.embed(past_tokens, past_actions)[:, :-1]  # all but the last action
     pending = embedded[:, -1]  # (B, D): the last frame's last token
+    vectors = world_model.token_vectors()  # (V, D)
     positions, D = world_model.pos_emb.weight.shape
     block = world_model.blocks[0]
     shape = (len(world_model.blocks), 2, len(frames), block.heads, positions, D // block.heads)
@@ -843,7 +863,7 @@ def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
                 h = world_model(pending[:, None], caches, position)[:, 0]
                 position += 1
             frame_tokens.append(sample(world_model.head_token(h)))
-            pending = world_model.token_embedding(frame_tokens[k])
+            pending = vectors[frame_tokens[k]]
         frame_tokens = torch.stack(frame_tokens, dim=1)  # (B, K)
         frame = agent.tokenizer.decode(frame_tokens)
         step = dict(frames=frame, tokens=frame_tokens, actions=action, rewards=reward, ends=end)
@@ -1060,6 +1080,8 @@ def train(args, folder):
         # The world model learns the words of this epoch's tokenizer, which is frozen from here on.
         if epoch >= args.world_model_start:
             row |= tokenize_replay(agent.tokenizer, replay, args)
+            if args.local_tokens:
+                agent.world_model.take_codes(agent.tokenizer.codebook.weight)
             row |= train_world_model(agent.world_model, optimizers["world_model"], replay, args)
         # The policy learns in dreams only. Real frames do no more than begin them.
         if epoch >= args.actor_critic_start:
