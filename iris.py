@@ -554,8 +554,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x, cache=None, start=0):
-        """Without a cache, x is the whole sequence. With one, it is positions start .. start + S - 1;
-        their keys and values join the earlier ones in the cache (2, B, nh, S_max, hs)."""
+        """x is the first S positions, or a single one, `start`, that sees the earlier ones through the
+        cache (2, B, nh, S_max, hs): their keys and values. A cache is filled on the way."""
         B, S, D = x.shape
         qkv = self.qkv(self.ln1(x)).view(B, S, 3, self.heads, D // self.heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, S, hs)
@@ -563,13 +563,8 @@ class Block(nn.Module):
         if cache is not None:
             cache[:, :, :, start : start + S] = qkv[1:]
             k, v = cache[:, :, :, : start + S]  # each (B, nh, start + S, hs)
-        # Row i of x sees the columns 0 .. start + i. Without a past that is plain causality, a
-        # single new position sees everything, and only several new ones after a past need a mask.
-        mask = None
-        if start > 0 and S > 1:
-            mask = torch.ones(S, start + S, dtype=torch.bool, device=x.device).tril(start)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=(start == 0))
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=(S > 1))
         y = self.proj(y.transpose(1, 2).reshape(B, S, D))
         x = x + F.dropout(y, self.dropout, self.training)
         return x + F.dropout(self.mlp(self.ln2(x)), self.dropout, self.training)
@@ -831,25 +826,20 @@ def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
     frame = frames[:, -1]
     lists = dict(frames=[frame], tokens=[past_tokens[:, -1]], actions=[], rewards=[], ends=[])
     state_before = state
-    # Keys and values of the past are cached, so that a new position costs one position, not all:
-    # `pending` is the embedding of the newest token, not yet fed, and `position` where it belongs.
-    # A frame's last token predicts nothing and waits for the action; the two go in together, so
-    # that the K + 1 positions of a step cost K passes.
+    # Keys and values of the past are cached, so that a new position costs one position, not all.
     embedded = world_model.embed(past_tokens, past_actions)[:, :-1]  # all but the last action
-    pending = embedded[:, -1]  # (B, D): the last frame's last token
     vectors = world_model.token_vectors()  # (V, D)
     positions, D = world_model.pos_emb.weight.shape
     block = world_model.blocks[0]
     shape = (len(world_model.blocks), 2, len(frames), block.heads, positions, D // block.heads)
-    caches = block.qkv(pending).new_zeros(shape)  # in the precision of keys and values
-    world_model(embedded[:, :-1], caches)  # fills them; what it predicts is known already
-    position = embedded.shape[1] - 1
+    caches = block.qkv(embedded[:, 0]).new_zeros(shape)  # in the precision of keys and values
+    world_model(embedded, caches)  # fills them; what it predicts is known already
+    position = embedded.shape[1]
     for t in range(steps):
         logits, _, state = agent.actor_critic(frame[:, None], state)
         action = sample(logits[:, 0]) if given is None else given[:, t]
-        pair = torch.stack([pending, world_model.action_embedding(action)], dim=1)  # (B, 2, D)
-        h = world_model(pair, caches, position)[:, -1]  # (B, D), at the action
-        position += 2
+        vector = world_model.action_embedding(action)
+        h = world_model(vector[:, None], caches, position)[:, 0]  # (B, D)
         reward = world_model.head_reward(h).float()  # (B, 3): logits of the signs; or (B, 1): mse
         # The mean of the sign teaches the same as a sampled sign, with less noise.
         if agent.draw_rewards and reward.shape[1] == 3:
@@ -859,11 +849,11 @@ def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
         end = sample(world_model.head_end(h)).float()  # the loss leaves out what follows an end
         frame_tokens = []
         for k in range(world_model.tokens_per_frame):
-            if k > 0:  # the action's position predicts the first token, each token the next one
-                h = world_model(pending[:, None], caches, position)[:, 0]
-                position += 1
+            # The action's position predicts the first token, each token the next one.
             frame_tokens.append(sample(world_model.head_token(h)))
-            pending = vectors[frame_tokens[k]]
+            vector = vectors[frame_tokens[k]]
+            h = world_model(vector[:, None], caches, position + k + 1)[:, 0]
+        position += world_model.tokens_per_frame + 1
         frame_tokens = torch.stack(frame_tokens, dim=1)  # (B, K)
         frame = agent.tokenizer.decode(frame_tokens)
         step = dict(frames=frame, tokens=frame_tokens, actions=action, rewards=reward, ends=end)
