@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
 """IRIS in one file: an agent that learns Atari inside its own dreams.
 
@@ -152,20 +151,18 @@ def parse_args(argv=None):
     # The first pass only tells which defaults the second one needs: those of a preset, or of a run.
     args = make_parser("paper").parse_args(argv)
     run = args.resume or args.eval or args.dream or args.play
-    automatic = "small" if args.device == "cpu" else "paper"
-    preset = automatic if args.preset == "auto" else args.preset
-    saved = {}
-    if run is not None:
-        saved = read_checkpoint(run).get("args", {})
-        preset = saved.get("preset", "paper")
-        if args.resume and not saved:
-            raise InputError(f"{run} has only weights, as the authors' files do, and cannot be resumed")
+    saved = read_checkpoint(run).get("args", {}) if run else {}
+    if args.resume and not saved:
+        raise InputError(f"{run} has only weights, as the authors' files do, and cannot be resumed")
+    if run and not saved:
+        saved = dict(env=run.stem, preset="paper")  # of an authors' Pong.pt
+    preset = saved.get("preset", args.preset)
+    if preset == "auto":
+        preset = "small" if args.device == "cpu" else "paper"
     parser = make_parser(preset)
-    if run is not None:
-        parser.set_defaults(env=run.stem)  # of an authors' Pong.pt
-        parser.set_defaults(**saved)
-        if not torch.cuda.is_available():
-            parser.set_defaults(device="cpu")  # a run from a GPU can continue without one
+    parser.set_defaults(**saved)
+    if not torch.cuda.is_available():
+        parser.set_defaults(device="cpu")  # a run from a GPU can continue without one
     args = parser.parse_args(argv)
     if args.preset == "auto":
         args.preset = preset
@@ -274,29 +271,28 @@ class Replay:
     def __init__(self, args):
         n = args.collect_epochs * args.collect_steps + CHUNK
         precision = torch.bfloat16 if args.mixed_precision else torch.float32
-
-        def zeros(shape, dtype):
-            return torch.zeros(n, *shape, dtype=dtype, device=args.device)
-
-        self.frames = zeros((64, 64, 3), torch.uint8)
-        self.actions = zeros((), torch.long)
-        self.rewards = zeros((), torch.float32)
-        self.ends = zeros((), torch.long)
-        self.starts = zeros((), torch.long)  # of the episodes
-        self.tokens = zeros((args.tokens_per_frame,), torch.long)
-        self.reconstructions = zeros((3, 64, 64), precision)
+        with torch.device(args.device):
+            self.frames = torch.zeros(n, 64, 64, 3, dtype=torch.uint8)
+            self.actions = torch.zeros(n, dtype=torch.long)
+            self.rewards = torch.zeros(n)
+            self.ends = torch.zeros(n, dtype=torch.long)
+            self.starts = torch.zeros(n, dtype=torch.long)  # of the episodes
+            self.tokens = torch.zeros(n, args.tokens_per_frame, dtype=torch.long)
+            self.reconstructions = torch.zeros(n, 3, 64, 64, dtype=precision)
         self.size = self.episodes = 0
 
-    def add(self, frame, action, reward, end, opens):
-        """Appends a step; `opens` says that it is the first of an episode."""
-        if opens:
+    def record(self, game, action):
+        """Takes a step in the game and appends it -> the game's score if it is over, else None."""
+        if game.opens:
             self.starts[self.episodes] = self.size
             self.episodes += 1
-        self.frames[self.size] = frame
+        self.frames[self.size] = game.frame
         self.actions[self.size] = action
+        reward, end, score = game.step(action)
         self.rewards[self.size] = reward
         self.ends[self.size] = end
         self.size += 1
+        return score
 
     def sample(self, batch, steps, drawn="first"):
         """Segments of T = `steps` steps -> index (B, T) into the columns, valid (B, T)."""
@@ -423,7 +419,6 @@ class Tokenizer(nn.Module):
             sizes = [size for size in (64, 32, 16, 8, 4) if size >= self.grid]
             self.encoder = make_encoder(sizes, 64, E)
             self.decoder = make_decoder(sizes, 64, E)
-        # Codes begin near zero; training moves them to the latents.
         self.codebook = nn.Embedding(args.vocab_size, E)
         nn.init.uniform_(self.codebook.weight, -1 / args.vocab_size, 1 / args.vocab_size)
 
@@ -679,7 +674,6 @@ class ActorCritic(nn.Module):
 
     def __init__(self, args, num_actions):
         super().__init__()
-        # A small eye: four convolutions, each followed by halving the resolution.
         size = args.policy_size
         layers = [nn.AvgPool2d(64 // size)]
         if args.preset == "small":
@@ -688,10 +682,8 @@ class ActorCritic(nn.Module):
             # of them. eps = 0.05^2 keeps pixels that hardly ever change from being blown up.
             whiten = nn.BatchNorm1d(3 * size * size, eps=0.0025, momentum=1.0, affine=False)
             layers += [nn.Flatten(), whiten, nn.Unflatten(1, (3, size, size)), nn.Hardtanh(-5, 5)]
-        channels = 3
-        for width in (32, 32, 64, 64):
+        for channels, width in ((3, 32), (32, 32), (32, 64), (64, 64)):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
-            channels = width
         self.cnn = nn.Sequential(*layers, nn.Flatten())  # (N, 3, 64, 64) -> (N, 1024), or fewer
         # One frame shows no velocities: the memory has to know where the ball came from.
         self.lstm = nn.LSTMCell(64 * (args.policy_size // 16) ** 2, args.lstm_size)
@@ -742,8 +734,7 @@ class ActorCritic(nn.Module):
         logits, values, _ = self(dreamt["frames"], dreamt["state"])  # (B, H, A), (B, H)
         rewards, ends = dreamt["rewards"], dreamt["ends"]  # (B, H - 1)
         returns = lambda_returns(rewards, values.detach(), ends, args.gamma, args.td_lambda)
-        # What is dreamt after an end takes no part in any of the losses.
-        alive = (ends.cumsum(1) - ends == 0).float()  # 1 up to and including the first end
+        alive = (ends.cumsum(1) - ends == 0).float()  # up to the first end: the rest is in no loss
         weight = alive / alive.sum()
         log_policy = logits[:, :-1].log_softmax(-1)  # the last frame has a value, no action
         log_chosen = log_policy.gather(-1, dreamt["actions"][..., None])[..., 0]  # (B, H - 1)
@@ -870,7 +861,7 @@ def accelerate(function, args):
     # records them once and replays them in one go; a call overwrites the outputs of the one before.
     def run(*inputs):
         # Autocast inside: its casts of the weights must be recorded, since the weights will change.
-        with torch.no_grad(), autocast(args):
+        with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, args.mixed_precision):
             return function(*inputs)
 
     graphs = {}
@@ -888,14 +879,8 @@ def accelerate(function, args):
     return run_graph if args.device == "cuda" else run
 
 
-def autocast(args):
-    """The context of forward passes: bfloat16 with --mixed-precision, else float32."""
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.mixed_precision)
-
-
 # ---- 8. Training: collect, then train the three networks, epoch after epoch ----------------------
-# What an epoch's line on the terminal shows; metrics.csv has everything.
-SHOWN = ("real_steps", "train_return", "tokenizer_loss", "token_loss", "dream_return", "entropy", "eval_return")
+SHOWN = "real_steps, train_return, tokenizer_loss, token_loss, dream_return, entropy, eval_return".split(", ")
 
 
 def progress(count, label):
@@ -909,12 +894,15 @@ def progress(count, label):
             print(f"\r{line:60}\r", end="", file=sys.stderr, flush=True)
 
 
-def descend(network, optimizer):
-    """Takes a step with the gradient's norm clipped to 10 (appendix A) -> the norm before."""
-    length = nn.utils.clip_grad_norm_(network.parameters(), 10.0)
+def update(name, network, optimizer, args, *batch):
+    """A step of the optimizer on a batch, the gradient's norm clipped to 10 (appendix A) -> metrics."""
+    with torch.autocast(args.device, torch.bfloat16, args.mixed_precision):
+        loss, metrics = network.loss(*batch)
+    loss.backward()
+    metrics[f"{name}_gradient"] = nn.utils.clip_grad_norm_(network.parameters(), 10.0)
     optimizer.step()
     optimizer.zero_grad()
-    return length
+    return metrics
 
 
 def means(history):
@@ -934,15 +922,13 @@ def collect(agent, act, game, replay, args):
             _, state = act(frame[None], state, temperature)
     scores = []
     for _ in progress(args.collect_steps, "collect"):
-        frame, opens = game.frame, game.opens
-        if opens:
+        if game.opens:
             state = agent.actor_critic.initial_state(1)
         # Actions are sampled: exploration comes from the policy's entropy and a few random actions.
-        action, state = act(frame[None].to(args.device), state, temperature)
+        action, state = act(game.frame[None].to(args.device), state, temperature)
         if torch.rand(1) < args.epsilon:
             action = torch.randint(game.num_actions, (1,))
-        reward, end, score = game.step(int(action))
-        replay.add(frame, int(action), reward, end, opens)
+        score = replay.record(game, int(action))
         # A game's score counts all lives; an episode of the replay is one life.
         if score is not None:
             scores.append(score)
@@ -958,11 +944,7 @@ def train_tokenizer(tokenizer, optimizer, replay, args, perceptual):
     for _ in progress(args.tokenizer_updates, "tokenizer"):
         index, _ = replay.sample(args.tokenizer_batch, 1)
         x = to_network(replay.frames[index[:, 0]])  # (B, 3, 64, 64)
-        with autocast(args):
-            loss, metrics = tokenizer.loss(x, perceptual)
-        loss.backward()
-        metrics["tokenizer_gradient"] = descend(tokenizer, optimizer)
-        history.append(metrics)
+        history.append(update("tokenizer", tokenizer, optimizer, args, x, perceptual))
     return means(history)
 
 
@@ -972,7 +954,7 @@ def tokenize_replay(tokenizer, replay, args):
     # Whole chunks, even the last: a frame's bits must not depend on the size of the replay.
     for i in progress(math.ceil(replay.size / CHUNK), "tokens"):
         part = slice(i * CHUNK, (i + 1) * CHUNK)
-        with autocast(args):
+        with torch.autocast(args.device, torch.bfloat16, args.mixed_precision):
             replay.tokens[part] = tokenizer.encode(to_network(replay.frames[part]))
             replay.reconstructions[part] = tokenizer.decode(replay.tokens[part])
     return dict(codes_in_use=len(replay.tokens[: replay.size].unique()))
@@ -987,11 +969,7 @@ def train_world_model(world_model, optimizer, replay, args):
         # Segments begin anywhere, so that every position sees every kind of frame.
         index, valid = replay.sample(args.world_model_batch, args.sequence_length)
         segments = [x[index] for x in (replay.tokens, replay.actions, replay.rewards, replay.ends)]
-        with autocast(args):
-            loss, metrics = world_model.loss(*segments, valid)
-        loss.backward()
-        metrics["world_model_gradient"] = descend(world_model, optimizer)
-        history.append(metrics)
+        history.append(update("world_model", world_model, optimizer, args, *segments, valid))
     world_model.eval()
     return means(history)
 
@@ -1010,11 +988,8 @@ def train_actor_critic(actor_critic, optimizer, replay, args, dreamer):
         dreamt = dreamer(replay.reconstructions[index], valid, replay.tokens[last], replay.actions[last])
         # The small preset makes several updates of a batch, since updates are what it is short of.
         for part in torch.arange(args.actor_critic_batch).split(args.actor_critic_minibatch):
-            with autocast(args):
-                loss, metrics = actor_critic.loss({name: x[part] for name, x in dreamt.items()}, args)
-            loss.backward()
-            metrics["actor_critic_gradient"] = descend(actor_critic, optimizer)
-            history.append(metrics)
+            minibatch = {name: x[part] for name, x in dreamt.items()}
+            history.append(update("actor_critic", actor_critic, optimizer, args, minibatch, args))
     return means(history)
 
 
@@ -1050,7 +1025,6 @@ def train(args, folder):
 
         board = SummaryWriter(folder)
     save_run(folder, args, history, agent, optimizers, replay)
-    # These are called thousands of times with inputs of few shapes: what a CUDA graph is made for.
     act = accelerate(agent.act, args)
     dreamer = accelerate(partial(imagine, agent, args.horizon - 1), args)
     sizes = [sum(p.numel() for p in network.parameters()) for network in agent.children()]
@@ -1230,7 +1204,6 @@ def save_run(folder, args, history, agent, optimizers, replay):
     write_atomically(folder / "checkpoint.pt", buffer.getbuffer())
     write_atomically(folder / "config.json", json.dumps(saved_args, indent=1).encode())
     names = dict.fromkeys(name for row in history for name in row)  # in order, each once
-    # Later epochs have more columns than the first ones.
     lines = [",".join(str(row.get(name, "")) for name in names) for row in history]
     write_atomically(folder / "metrics.csv", "\n".join([",".join(names), *lines, ""]).encode())
 
@@ -1239,15 +1212,12 @@ def load_run(folder, agent, optimizers, game, replay):
     """Restores everything that the run's checkpoint holds -> history."""
     state = read_checkpoint(folder)
     load_weights(agent, state, folder)
-    # Adam's averages too: without them the next updates would be others.
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
     # Playing 100,000 steps again takes two minutes; their frames would be 1.2 GB on disk.
     actions = state["columns"]["actions"].tolist()
     for i in progress(len(actions), "play again"):
-        frame, opens = game.frame, game.opens
-        reward, end, _ = game.step(actions[i])
-        replay.add(frame, actions[i], reward, end, opens)
+        replay.record(game, actions[i])
     return state["history"]
 
 
@@ -1323,8 +1293,7 @@ def write_pictures(agent, args, recording, folder):
         return torch.cat([decoded[past[:, :-1]], dreamt["frames"]], dim=1)
 
     # The picture: around the first reward, which tells most about a world model, or in the middle
-    # of the game. Rows: real, with the rewards that came; decoded, with what the world model
-    # expects; dreamt with the actions really played; three other futures, in which the policy acts.
+    # of the game. Its captions name the rows.
     scored = rewards.nonzero().flatten().tolist() + [len(frames) // 2]
     first = max(0, min(scored[0] - known, len(frames) - T))
     part = slice(first, first + T)
@@ -1333,26 +1302,23 @@ def write_pictures(agent, args, recording, folder):
     _, signs, ends = agent.world_model.predict(tokens[None, part], actions[None, part])
     signs, ends = agent.world_model.expected_reward(signs[0]), ends[0].softmax(-1)
     for i in range(T):
-        came = f"real {rewards[first + i]:+g}"
-        expected = f"expected {signs[i]:+.2f}, end {ends[i, 1]:.2f}"
-        played, own = "dreamt, as played", "dreamt, policy acts"
+        texts = [f"real {rewards[first + i]:+g}", f"expected {signs[i]:+.2f}, end {ends[i, 1]:.2f}"]
         if i < known:
-            played = own = "known"
-        for row, text in enumerate((came, expected, played, own, own, own)):
+            texts += ["known"] * 4
+        else:
+            texts += ["dreamt, as played"] + ["dreamt, policy acts"] * 3
+        for row, text in enumerate(texts):
             place = (192 * i + 4, 192 * row + 188)
             cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 0, 255))
     _, png = cv2.imencode(".png", image)
     write_atomically(folder / "dream.png", png)
 
     # The film: real beside dreamt; the dream restarts from real frames every T / 2 steps.
-    images = []
     firsts = list(range(0, min(len(frames) - T, 200) + 1, T - known))
-    for first, dreamt in zip(firsts, dream_on(firsts, True)):
-        pairs = torch.stack([real[first : first + T], dreamt], dim=1)
-        images += [draw(pair[None]) for pair in pairs[known:]]
+    dreamt = dream_on(firsts, True)[:, known:].flatten(0, 1)  # frame `known`, and all after it
     animation = cv2.Animation()
-    animation.frames = images
-    animation.durations = np.full(len(images), 80)  # milliseconds
+    animation.frames = [draw(torch.stack(pair)[None]) for pair in zip(real[known:], dreamt)]
+    animation.durations = np.full(len(dreamt), 80)  # milliseconds
     _, gif = cv2.imencodeanimation(".gif", animation)
     write_atomically(folder / "dream.gif", gif)
 

@@ -105,8 +105,10 @@ def filled_replay():
     replay = iris.Replay(tiny_args())
     for length in LENGTHS:
         for t in range(length):
-            end = length < 200 and t == length - 1
-            replay.add(torch.full((64, 64, 3), t), t % 5, float(t), end, t == 0)
+            told = float(t), length < 200 and t == length - 1, None
+            frame = torch.full((64, 64, 3), t)
+            game = types.SimpleNamespace(frame=frame, opens=t == 0, step=lambda _, told=told: told)
+            replay.record(game, t % 5)
     return replay
 
 
@@ -302,7 +304,7 @@ def test_pixels_of_local_tokens():
     pixels = (codes - codes.mean(0)) / codes.var(0, correction=0).sum().sqrt()
     expected = agent.world_model.token_embedding(tokens)
     expected = expected + pixels[tokens] @ agent.world_model.project_pixels.weight.T
-    embedded = agent.world_model.embed(tokens, actions).unflatten(1, tokens.shape[1:2] + (-1,))
+    embedded = agent.world_model.embed(tokens, actions).unflatten(1, (6, -1))
     close(embedded[:, :, :-1], expected)
 
 
@@ -546,7 +548,7 @@ def test_cuda_graph(mixed, monkeypatch):
         real = torch.randint(32, (3, 1, 16), device="cuda"), torch.zeros(3, 1, device="cuda").long()
         seen = torch.rand(3, 5, 3, 64, 64, device="cuda") * 2 - 1
         valid = torch.rand(3, 5, device="cuda") < 0.8
-        with torch.no_grad(), iris.autocast(args):
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, args.mixed_precision):
             eager = plain(seen, valid, *real)
         torch.manual_seed(seed)
         replayed = graph(seen, valid, *real)
