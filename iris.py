@@ -376,7 +376,8 @@ def make_encoder(sizes, C, E):
             layers[f"down_{i}_pad"] = nn.ZeroPad2d((0, 1, 0, 1))
             layers[f"down_{i}_downsample"] = nn.Conv2d(C, C, 3, stride=2)
     layers.update(mid_block_1=ResBlock(C), mid_attn_1=SpatialAttention(C), mid_block_2=ResBlock(C))
-    layers.update(norm_out=GroupNorm(32, C), silu=nn.SiLU(), conv_out=nn.Conv2d(C, E, 3, padding=1))
+    layers.update(norm_out=GroupNorm(32, C), silu=nn.SiLU())
+    layers["conv_out"] = nn.Conv2d(C, E, 3, padding=1)
     layers["pre_quant_conv"] = nn.Conv2d(E, E, 1)
     return nn.Sequential(layers)
 
@@ -394,7 +395,8 @@ def make_decoder(sizes, C, E):
         if size < 64:
             layers[f"up_{i}_double"] = nn.Upsample(scale_factor=2)  # nearest neighbour
             layers[f"up_{i}_upsample"] = nn.Conv2d(C, C, 3, padding=1)
-    layers.update(norm_out=GroupNorm(32, C), silu=nn.SiLU(), conv_out=nn.Conv2d(C, 3, 3, padding=1))
+    layers.update(norm_out=GroupNorm(32, C), silu=nn.SiLU())
+    layers["conv_out"] = nn.Conv2d(C, 3, 3, padding=1)
     return nn.Sequential(layers)
 
 
@@ -565,6 +567,11 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(self.ln2(x)), self.dropout, self.training)
 
 
+def make_head(width, outputs):
+    """A small network instead of a single matrix: (..., D) -> (..., outputs)."""
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs))
+
+
 class WorldModel(nn.Module):
     """GPT over frame tokens and actions, with heads for next token, reward and end."""
 
@@ -586,11 +593,11 @@ class WorldModel(nn.Module):
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList(Block(D, args.dropout) for _ in range(args.layers))
         self.ln_f = nn.LayerNorm(D)
-        # Small networks instead of single matrices: three questions about one hidden state.
-        self.head_token = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, V))
+        # Three questions about one hidden state.
+        self.head_token = make_head(D, V)
         rewards = 3 if args.reward_loss == "cross-entropy" else 1  # classes: the signs -1, 0, 1
-        self.head_reward = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, rewards))
-        self.head_end = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 2))
+        self.head_reward = make_head(D, rewards)
+        self.head_end = make_head(D, 2)
         # GPT's 0.02 leaves a narrow network nearly silent at first. The small preset has no time for
         # that: with 0.08, and the positions below, it learns several times as fast.
         std = 0.08 if args.preset == "small" else 0.02
@@ -682,8 +689,10 @@ class ActorCritic(nn.Module):
             # of them. eps = 0.05^2 keeps pixels that hardly ever change from being blown up.
             whiten = nn.BatchNorm1d(3 * size * size, eps=0.0025, momentum=1.0, affine=False)
             layers += [nn.Flatten(), whiten, nn.Unflatten(1, (3, size, size)), nn.Hardtanh(-5, 5)]
-        for channels, width in ((3, 32), (32, 32), (32, 64), (64, 64)):
+        channels = 3
+        for width in (32, 32, 64, 64):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
+            channels = width
         self.cnn = nn.Sequential(*layers, nn.Flatten())  # (N, 3, 64, 64) -> (N, 1024), or fewer
         # One frame shows no velocities: the memory has to know where the ball came from.
         self.lstm = nn.LSTMCell(64 * (args.policy_size // 16) ** 2, args.lstm_size)
@@ -724,7 +733,9 @@ class ActorCritic(nn.Module):
                     c = c * valid[:, t, None]
                 hidden.append(h)
             hidden = torch.stack(hidden, dim=1)  # (B, T, L)
-            return self.actor(hidden), self.critic(hidden)[..., 0], torch.stack([h, c], dim=1)
+            logits = self.actor(hidden)
+            values = self.critic(hidden)[..., 0]
+            return logits, values, torch.stack([h, c], dim=1)
 
     def loss(self, dreamt, args):
         """A dream, as `imagine` returns it -> loss, metrics; appendix B."""
@@ -1141,7 +1152,8 @@ def health(agent, recording, T):
     # Rewards are rare: a model that never predicts one has a low loss, but teaches nothing.
     expected = agent.world_model.expected_reward(reward).flatten().round()
     paid = rewards != 0
-    metrics["reward_recall"] = (paid & (expected == rewards.sign())).sum() / paid.sum().clamp(min=1)
+    found = paid & (expected == rewards.sign())
+    metrics["reward_recall"] = found.sum() / paid.sum().clamp(min=1)
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -1150,7 +1162,9 @@ def evaluate(agent, act, args, games):
     returns, recording = play_games(agent, act, args, games)
     result = dict(game=args.game, seed=args.seed, temperature=args.eval_temperature)
     interval = 1.96 * returns.std() / math.sqrt(max(games - 1, 1))
-    result |= dict(mean=float(returns.mean()), interval=float(interval), returns=returns.tolist())
+    result["mean"] = float(returns.mean())
+    result["interval"] = float(interval)
+    result["returns"] = returns.tolist()
     result["health"] = health(agent, recording, min(args.sequence_length, len(recording[0])))
     return result, recording
 
@@ -1345,8 +1359,9 @@ def play(agent, args, recording):
             score += float(dreamt["rewards"])
             end = bool(dreamt["ends"])
             # One place of T is for the next frame: the oldest has to go.
-            tokens = torch.cat([tokens, dreamt["tokens"][:, 1:]], dim=1)[:, 1 - args.sequence_length :]
-            actions = F.pad(actions, (0, 1))[:, 1 - args.sequence_length :]
+            kept = args.sequence_length - 1
+            tokens = torch.cat([tokens, dreamt["tokens"][:, 1:]], dim=1)[:, -kept:]
+            actions = F.pad(actions, (0, 1))[:, -kept:]
         cv2.imshow("iris", draw(agent.tokenizer.decode(tokens[:, -1])[None]))
         cv2.setWindowTitle("iris", f"rewards {score:+g}" + (", the end: press r" if end else ""))
         key = chr(cv2.waitKey(66) & 255)  # 15 frames a second, less the time of a dream
@@ -1358,7 +1373,8 @@ def look_into(args):
     if args.play and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         raise InputError("--play opens a window, and there is no display (--dream writes pictures)")
     state = read_checkpoint(args.run)
-    agent = Agent(args, int(make_env(args.env).single_action_space.n)).to(args.device).eval()
+    num_actions = int(make_env(args.env).single_action_space.n)
+    agent = Agent(args, num_actions).to(args.device).eval()
     load_weights(agent, state, args.run)
     act = accelerate(agent.act, args)
     results = args.run if args.run.is_dir() else args.run.with_suffix(".results")
