@@ -5,7 +5,7 @@
 
 trains, evaluates, and draws what the agent dreams; --help lists the other modes. The paper is
 "Transformers are Sample-Efficient World Models" (Micheli, Alonso, Fleuret, ICLR 2023, arXiv:2209.00588).
-Equations and appendices cited below are that paper's; "part 4" is a part of this file.
+Sections, equations and appendices cited below are that paper's; parts are this file's.
 """
 
 # A discrete autoencoder turns every frame into a few tokens, so that a game becomes a text. A GPT
@@ -52,7 +52,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---- 1. Flags: the paper's numbers in one place (on a first reading, go on to part 2) ---------
+# ---- 1. Flags: the paper's numbers in one place (on a first reading, go on to part 2) ------------
 # The paper preset follows the authors' code where the paper's text differs. The small preset is the
 # same idea for a machine without a GPU: smaller networks, tokens that are local (part 4), a shorter
 # schedule, different first weights, and a policy that sees what moves (part 6). On a CPU dreams are
@@ -70,7 +70,7 @@ def make_parser(preset):
     parser = argparse.ArgumentParser("iris.py", usage="iris.py --env Pong [--help]", allow_abbrev=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def flag(name, default, text, choices=None, small=None):
+    def add_argument(name, default, text, choices=None, small=None):
         shown = str(default)
         if small is not None:  # the presets differ
             shown = f"paper {default}, small {small}"
@@ -86,62 +86,62 @@ def make_parser(preset):
     modes.add_argument("--eval", type=Path, metavar="RUN", help="score a run, or the authors' Pong.pt")
     modes.add_argument("--play", type=Path, metavar="RUN", help="play inside a run's world model yourself")
     modes.add_argument("--dream", type=Path, metavar="RUN", help="picture and film of a run's dreams")
-    flag("--env", "Pong", "game: Pong, or ALE/Pong-v5")
-    flag("--preset", "auto", "auto: paper on CUDA, else small", choices=("auto", "paper", "small"))
-    flag("--exp-name", "iris", "goes into the run's name")
-    flag("--run-dir", "runs", "folder for the folders of runs")
-    flag("--seed", 1, "of networks, sampling and games")
-    flag("--device", device, "where to compute", choices=sorted({"cpu", device}))
-    flag("--mixed-precision", True, "bfloat16: fast on GPUs from Ampere on", small=False)
-    flag("--torch-deterministic", False, "reproducible on a GPU too, but slower")
-    flag("--tensorboard", False, "write events for TensorBoard as well")
+    add_argument("--env", "Pong", "game: Pong, or ALE/Pong-v5")
+    add_argument("--preset", "auto", "auto: paper on CUDA, else small", choices=("auto", "paper", "small"))
+    add_argument("--exp-name", "iris", "goes into the run's name")
+    add_argument("--run-dir", "runs", "folder for the folders of runs")
+    add_argument("--seed", 1, "of networks, sampling and games")
+    add_argument("--device", device, "where to compute", choices=sorted({"cpu", device}))
+    add_argument("--mixed-precision", True, "bfloat16: fast on GPUs from Ampere on", small=False)
+    add_argument("--torch-deterministic", False, "reproducible on a GPU too, but slower")
+    add_argument("--tensorboard", False, "write events for TensorBoard as well")
     # The schedule: an epoch collects real steps, then trains each network for some updates. A
     # network that starts too early learns from another that knows nothing yet.
-    flag("--epochs", 600, "epochs in all", small=10)
-    flag("--collect-epochs", 500, "epochs that collect real steps", small=10)
-    flag("--collect-steps", 200, "real steps per such epoch: 500 x 200 is Atari 100k", small=4000)
-    flag("--tokenizer-start", 6, "first epoch that trains the tokenizer", small=1)
-    flag("--world-model-start", 26, "first epoch that trains the world model", small=1)
-    flag("--actor-critic-start", 51, "first epoch that trains the policy", small=4)
-    flag("--tokenizer-updates", 200, "updates per epoch", small=20)
-    flag("--world-model-updates", 200, "updates per epoch", small=400)
-    flag("--actor-critic-updates", 200, "batches of dreams per epoch", small=40)
-    flag("--tokenizer-batch", 256, "frames per update", small=64)
-    flag("--world-model-batch", 64, "segments per update", small=8)
-    flag("--actor-critic-batch", 64, "dreams side by side")
-    flag("--actor-critic-minibatch", 64, "dreams per update", small=16)
-    flag("--tokenizer-lr", 1e-4, "learning rate of Adam")
-    flag("--world-model-lr", 1e-4, "learning rate of AdamW", small=1e-3)
-    flag("--actor-critic-lr", 1e-4, "learning rate of Adam", small=1e-3)
+    add_argument("--epochs", 600, "epochs in all", small=10)
+    add_argument("--collect-epochs", 500, "epochs that collect real steps", small=10)
+    add_argument("--collect-steps", 200, "real steps per such epoch: 500 x 200 is Atari 100k", small=4000)
+    add_argument("--tokenizer-start", 6, "first epoch that trains the tokenizer", small=1)
+    add_argument("--world-model-start", 26, "first epoch that trains the world model", small=1)
+    add_argument("--actor-critic-start", 51, "first epoch that trains the policy", small=4)
+    add_argument("--tokenizer-updates", 200, "updates per epoch", small=20)
+    add_argument("--world-model-updates", 200, "updates per epoch", small=400)
+    add_argument("--actor-critic-updates", 200, "batches of dreams per epoch", small=40)
+    add_argument("--tokenizer-batch", 256, "frames per update", small=64)
+    add_argument("--world-model-batch", 64, "segments per update", small=8)
+    add_argument("--actor-critic-batch", 64, "dreams side by side")
+    add_argument("--actor-critic-minibatch", 64, "dreams per update", small=16)
+    add_argument("--tokenizer-lr", 1e-4, "learning rate of Adam")
+    add_argument("--world-model-lr", 1e-4, "learning rate of AdamW", small=1e-3)
+    add_argument("--actor-critic-lr", 1e-4, "learning rate of Adam", small=1e-3)
     # Real play: how it explores, and how it is judged.
-    flag("--epsilon", 0.01, "share of random actions while collecting")
-    flag("--temperature", 1.0, "of the policy, while collecting (Freeway 0.01)")
-    flag("--eval-temperature", 0.5, "of the policy, in evaluations", small=1.0)
-    flag("--eval-every", 5, "epochs between evaluations")
-    flag("--eval-games", 16, "games per evaluation", small=4)
-    flag("--final-games", 100, "games in the final one, and in --eval", small=30)
+    add_argument("--epsilon", 0.01, "share of random actions while collecting")
+    add_argument("--temperature", 1.0, "of the policy, while collecting (Freeway 0.01)")
+    add_argument("--eval-temperature", 0.5, "of the policy, in evaluations", small=1.0)
+    add_argument("--eval-every", 5, "epochs between evaluations")
+    add_argument("--eval-games", 16, "games per evaluation", small=4)
+    add_argument("--final-games", 100, "games in the final one, and in --eval", small=30)
     # The networks.
-    flag("--local-tokens", False, "each token sees and draws only its own square", small=True)
-    flag("--tokens-per-frame", 16, "K; 64: finer, slower (appendix E)", choices=(16, 64))
-    flag("--vocab-size", 512, "V: codes in the codebook")
-    flag("--perceptual-loss", True, "LPIPS; downloads a VGG16", small=False)
-    flag("--reconstruction-loss", "l1", "the paper's text says l2", choices=("l1", "l2"), small="l2")
-    flag("--sequence-length", 20, "T: steps that the transformer sees", small=12)
-    flag("--layers", 10, "transformer blocks", small=2)
-    flag("--width", 256, "D, a multiple of the 4 heads", small=128)
-    flag("--dropout", 0.1, "on embedding, attention and residuals", small=0.0)
-    flag("--reward-loss", "cross-entropy", "the text says mse", choices=("cross-entropy", "mse"))
-    flag("--policy-size", 64, "side of what the policy sees, in pixels", choices=(16, 32, 64), small=32)
-    flag("--lstm-size", 512, "L: size of the policy's memory", small=256)
+    add_argument("--local-tokens", False, "each token sees and draws only its own square", small=True)
+    add_argument("--tokens-per-frame", 16, "K; 64: finer, slower (appendix E)", choices=(16, 64))
+    add_argument("--vocab-size", 512, "V: codes in the codebook")
+    add_argument("--perceptual-loss", True, "LPIPS; downloads a VGG16", small=False)
+    add_argument("--reconstruction-loss", "l1", "the paper's text says l2", choices=("l1", "l2"), small="l2")
+    add_argument("--sequence-length", 20, "T: steps that the transformer sees", small=12)
+    add_argument("--layers", 10, "transformer blocks", small=2)
+    add_argument("--width", 256, "D, a multiple of the 4 heads", small=128)
+    add_argument("--dropout", 0.1, "on embedding, attention and residuals", small=0.0)
+    add_argument("--reward-loss", "cross-entropy", "the text says mse", choices=("cross-entropy", "mse"))
+    add_argument("--policy-size", 64, "side of what the policy sees, in pixels", choices=(16, 32, 64), small=32)
+    add_argument("--lstm-size", 512, "L: size of the policy's memory", small=256)
     # Dreams, and what the policy makes of them.
-    flag("--burn-in", 20, "real frames that fill the policy's memory", small=4)
-    flag("--context", 1, "real frames that the world model sees before a dream", small=3)
-    flag("--horizon", 20, "H: frames of a dream", small=10)
-    flag("--draw-rewards", True, "dreams pay a sampled sign, not its mean", small=False)
-    flag("--gamma", 0.995, "discount: how far the policy looks ahead", small=0.97)
-    flag("--td-lambda", 0.95, "lambda of the returns; 0: one step, 1: the whole dream")
-    flag("--norm-advantage", False, "scale advantages to one size in all games", small=True)
-    flag("--entropy-coef", 0.001, "weight of the entropy bonus", small=0.05)
+    add_argument("--burn-in", 20, "real frames that fill the policy's memory", small=4)
+    add_argument("--context", 1, "real frames that the world model sees before a dream", small=3)
+    add_argument("--horizon", 20, "H: frames of a dream", small=10)
+    add_argument("--draw-rewards", True, "dreams pay a sampled sign, not its mean", small=False)
+    add_argument("--gamma", 0.995, "discount: how far the policy looks ahead", small=0.97)
+    add_argument("--td-lambda", 0.95, "lambda of the returns; 0: one step, 1: the whole dream")
+    add_argument("--norm-advantage", False, "scale advantages to one size in all games", small=True)
+    add_argument("--entropy-coef", 0.001, "weight of the entropy bonus", small=0.05)
     return parser
 
 
@@ -473,8 +473,8 @@ class Tokenizer(nn.Module):
         unused = (tokens.bincount(minlength=len(codes)) == 0).nonzero().flatten()
         # Most squares are background, which has its code. So an unused code gets the pixels of a
         # square that is picked with probability proportional to its squared distance from the
-        # nearest code so far (k-means++): the ball in yet another place. Sixteen at a time are fast
-        # enough. A distance below 0.01 is rounding: that square has its code already.
+        # nearest code so far (k-means++): the ball in yet another place. Sixteen at a time, for
+        # speed. A distance below 0.01 is rounding: that square has its code already.
         for i in range(0, len(unused), 16):
             part = unused[i : i + 16]
             picked = torch.multinomial(distance + 1e-9, len(part))
@@ -655,7 +655,7 @@ class WorldModel(nn.Module):
         return chances[..., 2] - chances[..., 0]
 
     def loss(self, tokens, actions, rewards, ends, valid):
-        """Segments (B, T, ...) -> loss, metrics; three cross-entropies, each a mean over valid steps."""
+        """Segments (B, T, ...) -> loss, metrics; the sum of three losses, each a mean over valid steps."""
         token_logits, reward_logits, end_logits = self.predict(tokens, actions)
         # Prediction i is about frame token i + 1. The very first token is given; the last action
         # predicts a frame that is not in the segment. cross_entropy skips targets of -100.
@@ -851,7 +851,8 @@ def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
         end = sample(world_model.head_end(h)).float()  # the loss leaves out what follows an end
         frame_tokens = []
         for k in range(world_model.tokens_per_frame):
-            # The action's position predicts the first token, each token the next one.
+            # The action's position predicts the first token, each token the next one. What the
+            # last token says is not read: an action follows it.
             frame_tokens.append(sample(world_model.head_token(h)))
             vector = vectors[frame_tokens[k]]
             h = world_model(vector[:, None], caches, position + k + 1)[:, 0]
