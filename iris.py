@@ -97,8 +97,8 @@ def make_parser(preset):
     add_argument("--tensorboard", False, "write events for TensorBoard as well")
     # The schedule: an epoch collects real steps, then trains each network for some updates. A
     # network that starts too early learns from another that knows nothing yet.
-    add_argument("--epochs", 600, "epochs in all", small=10)
-    add_argument("--collect-epochs", 500, "epochs that collect real steps", small=10)
+    add_argument("--epochs", 600, "epochs in all", small=20)
+    add_argument("--collect-epochs", 500, "epochs that collect real steps", small=20)
     add_argument("--collect-steps", 200, "real steps per such epoch: 500 x 200 is Atari 100k", small=4000)
     add_argument("--tokenizer-start", 6, "first epoch that trains the tokenizer", small=1)
     add_argument("--world-model-start", 26, "first epoch that trains the world model", small=1)
