@@ -700,8 +700,8 @@ class ActorCritic(nn.Module):
         self.critic = nn.Linear(args.lstm_size, 1)
         if args.preset == "small":
             # torch's own weights shrink the differences between frames to 1 to 3 %. With them the
-            # policy learned nothing from 41,000 real frames of KungFuMaster; with these it won three
-            # times as much as random play.
+            # policy learned nothing from 41,000 real frames of KungFuMaster; with these it won up to
+            # three times as much as random play.
             for name, parameter in self.cnn.named_parameters():
                 if name.endswith("weight"):
                     nn.init.orthogonal_(parameter, math.sqrt(2))
