@@ -125,7 +125,7 @@ def make_parser(preset):
     add_argument("--tokens-per-frame", 16, "K; 64: finer, slower (appendix E)", choices=(16, 64))
     add_argument("--vocab-size", 512, "V: codes in the codebook")
     add_argument("--perceptual-loss", True, "LPIPS; downloads a VGG16", small=False)
-    add_argument("--reconstruction-loss", "l1", "the paper's text says l2", choices=("l1", "l2"), small="l2")
+    add_argument("--reconstruction-loss", "l1", "the paper's text says l2", choices=("l1", "l2"))
     add_argument("--sequence-length", 20, "T: steps that the transformer sees", small=12)
     add_argument("--layers", 10, "transformer blocks", small=2)
     add_argument("--width", 256, "D, a multiple of the 4 heads", small=128)
@@ -151,6 +151,8 @@ def parse_args(argv=None):
     # The first pass only tells which defaults the second one needs: those of a preset, or of a run.
     args = make_parser("paper").parse_args(argv)
     run = args.resume or args.eval or args.dream or args.play
+    if run and run.name == "checkpoint.pt":
+        run = run.parent
     saved = read_checkpoint(run).get("args", {}) if run else {}
     if args.resume and not saved:
         raise InputError(f"{run} has only weights, as the authors' files do, and cannot be resumed")
@@ -239,22 +241,23 @@ class Game:
         """-> reward, end (out of time does not count), the game's score if it is over, else None."""
         frames, rewards, terminated, truncated, info = self.env.step(np.array([action]))
         reward = float(rewards[0])
-        self.opens = bool(terminated[0] or truncated[0])
+        end = bool(terminated[0])
+        self.opens = end or bool(truncated[0])
         over = False
-        if self.opens:
+        while terminated[0] or truncated[0]:
             # The step after an end shows the next episode's first frame. If only a life was lost, it
-            # is an ordinary no-op. If the game is over, its action is ignored and a new game begins,
-            # which shows in the frame counter: it goes back.
-            frames, rewards, lost, out_of_time, after = self.env.step(np.array([0]))
+            # is an ordinary no-op, which may itself lose one. If the game is over, its action is
+            # ignored and a new game begins, which shows in the frame counter: it goes back.
+            played = info["episode_frame_number"][0]
+            frames, rewards, terminated, truncated, info = self.env.step(np.array([0]))
             reward += float(rewards[0])
-            restarted = after["episode_frame_number"][0] < info["episode_frame_number"][0]
-            over = bool(restarted or lost[0] or out_of_time[0])  # the no-op may lose it
+            over = bool(info["episode_frame_number"][0] < played)
         self.frame = resize(frames)[0]
         self.score += reward
         score = self.score if over else None
         if over:
             self.begin(self.number + 1)
-        return reward, bool(terminated[0]), score
+        return reward, end, score
 
 
 # ---- 3. Replay: every real step, and what the tokenizer makes of it ------------------------------

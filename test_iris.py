@@ -694,6 +694,21 @@ def test_games_against_the_emulator(name):
     assert max(scores) > 0 and again is not None
 
 
+def test_no_op_that_loses_a_life():
+    """The no-op after a lost life may lose another, and the game: its rewards count, and its end."""
+    game = iris.Game("ALE/Breakout-v5", 0)
+    script = iter([(1, True, 40), (2, True, 44), (4, False, 48), (1, True, 52), (2, True, 56), (0, False, 20)])
+
+    def step(actions):
+        reward, lost, number = next(script)
+        info = {"episode_frame_number": [number]}
+        return np.zeros((1, 1, 64, 64, 3), np.uint8), [reward], [lost], [False], info
+
+    game.env = types.SimpleNamespace(step=step, reset=game.env.reset)
+    assert (game.step(3), game.number) == ((7.0, True, None), 0)
+    assert (game.step(3), game.number) == ((3.0, True, 10.0), 1)
+
+
 # ---- Evaluation ----------------------------------------------------------------------------------
 class ScriptedGames:
     """Game i pays i + 1 a step for lengths[i] steps, then what nobody may count. Frames say the step."""
@@ -1022,7 +1037,7 @@ def test_finished_run_goes_on(whole_run, a_run, monkeypatch):
     """A finished run repeats its last evaluation if resumed, and with more --epochs trains on."""
     (a_run / "eval.json").unlink()
     (a_run / "config.json").unlink()  # it is for people
-    assert iris.main(["--resume", str(a_run)]) == 0
+    assert iris.main(["--resume", str(a_run / "checkpoint.pt")]) == 0
     before = read_run(whole_run)
     assert read_run(a_run) == before
     state = iris.read_checkpoint(a_run)
