@@ -55,9 +55,9 @@ import torch.nn.functional as F
 # ---- 1. Flags: the paper's numbers in one place (on a first reading, go on to part 2) ------------
 # The paper preset follows the authors' code where the paper's text differs. The small preset is the
 # same idea for a machine without a GPU: smaller networks, tokens that are local (part 4), a shorter
-# schedule, different first weights, and a policy that sees what moves (part 6). On a CPU dreams are
-# slow and real steps are not: it collects 4000 of them in less than half a minute, and makes four
-# updates, on a quarter each, of every batch of dreams.
+# schedule, other initial weights, and a policy that sees what moves (part 6). On a CPU dreams are slow
+# and real steps are not: the small preset collects 4000 of them in less than half a minute, and makes
+# four updates, on a quarter each, of every batch of dreams.
 MAY_CHANGE = ("epochs", "device", "mixed_precision", "final_games", "tensorboard")  # by --resume
 
 
@@ -245,9 +245,9 @@ class Game:
         self.opens = end or bool(truncated[0])
         over = False
         while terminated[0] or truncated[0]:
-            # The step after an end shows the next episode's first frame. If only a life was lost, it
-            # is an ordinary no-op, which may itself lose one. If the game is over, its action is
-            # ignored and a new game begins, which shows in the frame counter: it goes back.
+            # The step after an end shows the next episode's first frame, and is not recorded. If only
+            # a life was lost, it is an ordinary no-op, which may itself lose one. If the game is over,
+            # a new one begins, which shows in the frame counter: it goes back.
             played = info["episode_frame_number"][0]
             frames, rewards, terminated, truncated, info = self.env.step(np.array([0]))
             reward += float(rewards[0])
@@ -256,7 +256,7 @@ class Game:
         self.score += reward
         score = self.score if over else None
         if over:
-            self.begin(self.number + 1)
+            self.begin(self.number + 1)  # not the emulator's own new game, but one with our seed
         return reward, end, score
 
 
@@ -267,7 +267,7 @@ CHUNK = 256  # frames tokenized at once
 class Replay:
     """All real steps, on the device: 100,000 are 1.2 GB of frames, 2.5 (float32: 4.9) of reconstructions."""
 
-    # Step i is a frame, the action taken on seeing it, the reward that followed, and whether a life
+    # Step i is a frame, the action taken in it, the reward that followed, and whether a life
     # or the game ended. `tokens` and `reconstructions` are what the tokenizer makes of the frames,
     # computed once an epoch, since it is frozen while the other two learn. The world model reads the
     # tokens, and the policy sees the reconstructions, never the frames.
@@ -309,10 +309,9 @@ class Replay:
         episode = torch.randint(self.episodes, (batch,), device=bounds.device)  # (B,)
         start = bounds[episode]
         length = bounds[episode + 1] - start
-        begin = (torch.rand(batch, device=bounds.device) * length).long().minimum(length - 1)
-        if drawn == "last":
-            begin = begin - (steps - 1)
-        position = begin[:, None] + torch.arange(steps, device=bounds.device)  # (B, T)
+        s = (torch.rand(batch, device=bounds.device) * length).long().minimum(length - 1)
+        first = s - (steps - 1) if drawn == "last" else s
+        position = first[:, None] + torch.arange(steps, device=bounds.device)  # (B, T)
         valid = (position >= 0) & (position < length[:, None])
         position = position.clamp(min=0).minimum(length[:, None] - 1)
         return start[:, None] + position, valid
@@ -373,7 +372,7 @@ def make_encoder(sizes, C, E):
     for i, size in enumerate(sizes):
         for j in range(2):
             layers[f"down_{i}_block_{j}"] = ResBlock(C)
-            if size in (8, 16):  # larger grids are too costly; the smallest has its own below
+            if size in (8, 16):  # larger ones cost too much; the middle has its own
                 layers[f"down_{i}_attn_{j}"] = SpatialAttention(C)
         if size > sizes[-1]:  # halve it; padded on the right and at the bottom only
             layers[f"down_{i}_pad"] = nn.ZeroPad2d((0, 1, 0, 1))
@@ -455,10 +454,10 @@ class Tokenizer(nn.Module):
         # the gradient.
         z = self.encoder(x)  # (N, E, g, g)
         z_q = self.embed(self.quantize(z))
-        # argmin has no gradient, and without one the encoder would learn nothing about the picture.
-        # Straight through: the value is z_q, the gradient passes to z as if nothing were rounded.
+        # argmin has no gradient, and without one the paper's encoder would learn nothing about the
+        # picture. Straight through: the value is z_q, the gradient passes to z as if nothing were
+        # rounded. (Local tokens have only codes to learn, from the codebook term.)
         x_hat = self.decoder(z + (z_q - z).detach())
-        # L1 forgives a pixel that is far off, L2 does not: a lost ball costs more.
         reconstruction = self.reconstruction_loss(x_hat.float(), x)
         codebook = F.mse_loss(z_q, z.detach())  # pulls codes to latents
         commitment = F.mse_loss(z, z_q.detach())  # and latents to codes
@@ -646,7 +645,8 @@ class WorldModel(nn.Module):
         K = self.tokens_per_frame
         h = self(self.embed(tokens, actions)).unflatten(1, (-1, K + 1))  # (B, T, K + 1, D)
         at_action = h[:, :, K]
-        predicting = torch.cat([h[:, :, : K - 1], h[:, :, K:]], dim=2)  # see the table above
+        # All positions but the last frame token's: prediction i is about token i + 1 (table above).
+        predicting = torch.cat([h[:, :, : K - 1], h[:, :, K:]], dim=2)
         logits = self.head_token(predicting).flatten(1, 2)
         return logits.float(), self.head_reward(at_action).float(), self.head_end(at_action).float()
 
@@ -660,8 +660,8 @@ class WorldModel(nn.Module):
     def loss(self, tokens, actions, rewards, ends, valid):
         """Segments (B, T, ...) -> loss, metrics; the sum of three losses, each a mean over valid steps."""
         token_logits, reward_logits, end_logits = self.predict(tokens, actions)
-        # Prediction i is about frame token i + 1. The very first token is given; the last action
-        # predicts a frame that is not in the segment. cross_entropy skips targets of -100.
+        # The very first token is given; the last action predicts a frame that is not in the segment.
+        # cross_entropy skips targets of -100.
         targets = tokens.masked_fill(~valid[..., None], -100).flatten(1)[:, 1:]  # (B, T K - 1)
         token_loss = F.cross_entropy(token_logits[:, :-1].flatten(0, 1), targets.flatten())
         # Signs, since games pay in ones or in thousands, and all are to be learned at one rate.
@@ -798,7 +798,8 @@ class Agent(nn.Module):
         self.draw_rewards = args.draw_rewards
 
     def act(self, frames, state, temperature):
-        """Real frames (N, 64, 64, 3), memory, temperature (a tensor) -> actions (N,), memory."""
+        """Real frames (N, 64, 64, 3), memory, temperature (a tensor, since a CUDA graph would freeze a
+        number) -> actions (N,), memory."""
         # The policy learned from decoded frames, so real frames are decoded for it, too.
         seen = self.tokenizer.decode(self.tokenizer.encode(to_network(frames)))
         logits, _, state = self.actor_critic(seen[:, None], state)
@@ -820,7 +821,7 @@ def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
     (B, 2, L), the policy's memory before them."""
     # The policy gets the past as decoded frames (B, burn-in + 1, 3, 64, 64), with valid (B, burn-in
     # + 1) false on padding; the world model as past_tokens (B, n, K) and past_actions (B, n) of the
-    # last n of these steps:
+    # last n of these steps (n = --context, in training):
     #                  padding     burn-in            last real frame    H - 1 dreamt frames
     #    policy        ignored     fills the memory   acts on it         acts on all but the last one
     #    world model   -           reads n - 1        reads it           samples them
@@ -966,7 +967,7 @@ def train_tokenizer(tokenizer, optimizer, replay, args, perceptual):
 @torch.no_grad()
 def tokenize_replay(tokenizer, replay, args):
     """Caches the tokens and reconstructions that the next two phases read -> metrics."""
-    # Whole chunks, even the last: a frame's bits must not depend on the size of the replay.
+    # Whole chunks, even the last: for each new shape cuDNN would search the fastest kernels again.
     for i in progress(math.ceil(replay.size / CHUNK), "tokens"):
         part = slice(i * CHUNK, (i + 1) * CHUNK)
         with torch.autocast(args.device, torch.bfloat16, args.mixed_precision):
@@ -977,7 +978,7 @@ def tokenize_replay(tokenizer, replay, args):
 
 def train_world_model(world_model, optimizer, replay, args):
     """An epoch's updates on segments of T real steps -> metrics."""
-    # Dropout is on only here: dreams and evaluations want the world model's best guess.
+    # Dropout is on only here: dreams and evaluations want its predictions without noise.
     world_model.train()
     history = []
     for _ in progress(args.world_model_updates, "world model"):
@@ -998,7 +999,7 @@ def train_actor_critic(actor_critic, optimizer, replay, args, dreamer):
     for _ in progress(args.actor_critic_updates, "actor-critic"):
         # Dreams begin all over the replay: the policy practises wherever it has ever been.
         index, valid = replay.sample(args.actor_critic_batch, args.burn_in + 1, "last")
-        # What the world model knows; where the episode is younger, its first frame, repeated.
+        # The world model's context. Where the episode is shorter, its first frame repeats.
         last = index[:, -args.context :]
         dreamt = dreamer(replay.reconstructions[index], valid, replay.tokens[last], replay.actions[last])
         # The small preset makes several updates of a batch, since updates are what it is short of.
@@ -1174,7 +1175,7 @@ def evaluate(agent, act, args, games):
 
 
 def summary(result):
-    """A result -> one line, with the scores of others where they are known."""
+    """A result -> one line, with reference scores where they are known."""
     game, mean = result["game"], result["mean"]
     line = f"{game}: {mean:.1f} +- {result['interval']:.1f} (95 %), {len(result['returns'])} games"
     found = re.search(rf"\b{game} (\S+) (\S+) (\S+)", SCORES)
@@ -1304,7 +1305,8 @@ def write_pictures(agent, args, recording, folder):
         """-> frames (B, T, 3, 64, 64) of the segments that begin at the frames `firsts`."""
         index = torch.tensor(firsts, device=frames.device)[:, None] + torch.arange(T, device=frames.device)
         past = index[:, :known]
-        seen = torch.cat([past[:, :1], past], dim=1)  # padding, for the burn-in
+        # The policy's burn-in is one frame longer, since it may not be empty: padding, not valid.
+        seen = torch.cat([past[:, :1], past], dim=1)
         valid = torch.arange(known + 1, device=frames.device).expand_as(seen) > 0
         given = actions[index[:, known - 1 : -1]] if as_played else None
         dreamt = imagine(agent, T - known, decoded[seen], valid, tokens[past], actions[past], given)
@@ -1344,7 +1346,7 @@ def write_pictures(agent, args, recording, folder):
 @torch.no_grad()
 def play(agent, args, recording):
     """The world model as a game, in a window; you are the policy."""
-    # For every key the world model dreams a single step, from as many of the last frames as fit. It
+    # Fifteen times a second the world model dreams a step, from as many of the last frames as fit. It
     # invents whatever has left its context.
     keys = gym.make(args.env).unwrapped.get_keys_to_action()  # such as ("w", " "): up and fire
     moves = {pressed[0]: action for pressed, action in keys.items() if len(pressed) == 1}
@@ -1358,7 +1360,7 @@ def play(agent, args, recording):
             score, end = 0.0, False
         elif not end:
             actions[0, -1] = moves.get(key, 0)
-            seen = agent.tokenizer.decode(tokens[0, [-1, -1]])[None]  # imagine asks for a burn-in
+            seen = agent.tokenizer.decode(tokens[0, [-1, -1]])[None]  # twice: one is the burn-in
             dreamt = imagine(agent, 1, seen, torch.ones(1, 2).to(seen), tokens, actions, actions[:, -1:])
             score += float(dreamt["rewards"])
             end = bool(dreamt["ends"])
