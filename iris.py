@@ -58,7 +58,7 @@ import torch.nn.functional as F
 # schedule, other initial weights, and a policy that sees what moves (part 6). On a CPU dreams are slow
 # and real steps are not: the small preset collects 4000 of them in less than half a minute, and makes
 # four updates, on a quarter each, of every batch of dreams.
-MAY_CHANGE = ("epochs", "device", "mixed_precision", "final_games", "tensorboard")  # by --resume
+MAY_CHANGE = ("epochs", "collect_epochs", "device", "mixed_precision", "final_games", "tensorboard")  # by --resume
 
 
 class InputError(ValueError):
@@ -82,7 +82,7 @@ def make_parser(preset):
 
     # The modes; without one, it trains.
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--resume", type=Path, metavar="RUN", help="continue a run; --epochs may be raised")
+    modes.add_argument("--resume", type=Path, metavar="RUN", help="continue a run; more --epochs, --collect-epochs")
     modes.add_argument("--eval", type=Path, metavar="RUN", help="score a run, or the authors' Pong.pt")
     modes.add_argument("--play", type=Path, metavar="RUN", help="play inside a run's world model yourself")
     modes.add_argument("--dream", type=Path, metavar="RUN", help="picture and film of a run's dreams")
@@ -181,10 +181,12 @@ def parse_args(argv=None):
             raise InputError(f"{flag} {value} is out of range")
         if args.resume and name not in MAY_CHANGE and value != saved.get(name, value):
             raise InputError(f"{flag} is {saved[name]} in {run}, and cannot change when resumed")
+    if args.collect_epochs < saved.get("collect_epochs", 0):
+        raise InputError(f"--collect-epochs can only be raised; it is {saved['collect_epochs']} in {run}")
     if not args.tokenizer_start <= args.world_model_start <= args.actor_critic_start:
         raise InputError("--tokenizer-start <= --world-model-start <= --actor-critic-start: each needs the one before")
     if not 1 < args.horizon <= args.sequence_length + 1 - args.context or args.context > args.burn_in:
-        raise InputError("--horizon: 2 to --sequence-length + 1 - --context; --context: at most --burn-in")
+        raise InputError("--horizon >= 2, --context + --horizon <= --sequence-length + 1, --context <= --burn-in")
     if args.width % 4 or args.seed >= 2**31:
         raise InputError("--width must be a multiple of the 4 heads, --seed below 2**31")
     return args
@@ -265,12 +267,13 @@ CHUNK = 256  # frames tokenized at once
 
 
 class Replay:
-    """All real steps, on the device: 100,000 are 1.2 GB of frames, 2.5 (float32: 4.9) of reconstructions."""
+    """All real steps, on the device: 100,000 are 1.2 GB of frames, and 2.5 of reconstructions (paper)."""
 
     # Step i is a frame, the action taken in it, the reward that followed, and whether a life
     # or the game ended. `tokens` and `reconstructions` are what the tokenizer makes of the frames,
     # computed once an epoch, since it is frozen while the other two learn. The world model reads the
-    # tokens, and the policy sees the reconstructions, never the frames.
+    # tokens, and the policy sees the reconstructions, never the frames. Local tokens are decoded by
+    # copying pixels, so that their reconstructions need not be kept.
     def __init__(self, args):
         n = args.collect_epochs * args.collect_steps + CHUNK
         precision = torch.bfloat16 if args.mixed_precision else torch.float32
@@ -281,7 +284,8 @@ class Replay:
             self.ends = torch.zeros(n, dtype=torch.long)
             self.starts = torch.zeros(n, dtype=torch.long)  # of the episodes
             self.tokens = torch.zeros(n, args.tokens_per_frame, dtype=torch.long)
-            self.reconstructions = torch.zeros(n, 3, 64, 64, dtype=precision)
+            kept = 0 if args.local_tokens else n
+            self.reconstructions = torch.zeros(kept, 3, 64, 64, dtype=precision)
         self.size = self.episodes = 0
 
     def record(self, game, action):
@@ -315,6 +319,13 @@ class Replay:
         valid = (position >= 0) & (position < length[:, None])
         position = position.clamp(min=0).minimum(length[:, None] - 1)
         return start[:, None] + position, valid
+
+    @torch.no_grad()
+    def seen(self, tokenizer, index):
+        """Steps (...) -> the frames that the policy sees there, decoded (..., 3, 64, 64)."""
+        if len(self.reconstructions) == 0:
+            return tokenizer.decode(self.tokens[index].flatten(0, -2)).unflatten(0, index.shape)
+        return self.reconstructions[index]
 
 
 def to_network(frames):
@@ -951,61 +962,65 @@ def collect(agent, act, game, replay, args):
     return dict(train_return=float(np.mean(scores))) if scores else {}
 
 
-def train_tokenizer(tokenizer, optimizer, replay, args, perceptual):
+def train_tokenizer(agent, optimizer, replay, args, perceptual):
     """An epoch's updates on single frames -> metrics."""
     if args.local_tokens:  # better than hundreds of updates: the codes are real squares
         some = torch.randperm(replay.size)[:4096]
-        tokenizer.revive_codes(to_network(replay.frames[some]))
+        agent.tokenizer.revive_codes(to_network(replay.frames[some]))
     history = []
     for _ in progress(args.tokenizer_updates, "tokenizer"):
         index, _ = replay.sample(args.tokenizer_batch, 1)
         x = to_network(replay.frames[index[:, 0]])  # (B, 3, 64, 64)
-        history.append(update("tokenizer", tokenizer, optimizer, args, x, perceptual))
+        history.append(update("tokenizer", agent.tokenizer, optimizer, args, x, perceptual))
     return means(history)
 
 
 @torch.no_grad()
-def tokenize_replay(tokenizer, replay, args):
-    """Caches the tokens and reconstructions that the next two phases read -> metrics."""
+def tokenize_replay(agent, replay, args):
+    """Caches what the next two phases read of the tokenizer, which is frozen meanwhile -> metrics."""
     # Whole chunks, even the last: for each new shape cuDNN would search the fastest kernels again.
     for i in progress(math.ceil(replay.size / CHUNK), "tokens"):
         part = slice(i * CHUNK, (i + 1) * CHUNK)
         with torch.autocast(args.device, torch.bfloat16, args.mixed_precision):
-            replay.tokens[part] = tokenizer.encode(to_network(replay.frames[part]))
-            replay.reconstructions[part] = tokenizer.decode(replay.tokens[part])
+            replay.tokens[part] = agent.tokenizer.encode(to_network(replay.frames[part]))
+            if not args.local_tokens:
+                replay.reconstructions[part] = agent.tokenizer.decode(replay.tokens[part])
+    if args.local_tokens:
+        agent.world_model.take_codes(agent.tokenizer.codebook.weight)
     return dict(codes_in_use=len(replay.tokens[: replay.size].unique()))
 
 
-def train_world_model(world_model, optimizer, replay, args):
+def train_world_model(agent, optimizer, replay, args):
     """An epoch's updates on segments of T real steps -> metrics."""
     # Dropout is on only here: dreams and evaluations want its predictions without noise.
-    world_model.train()
+    agent.world_model.train()
     history = []
     for _ in progress(args.world_model_updates, "world model"):
         # Segments begin anywhere, so that every position sees every kind of frame.
         index, valid = replay.sample(args.world_model_batch, args.sequence_length)
         segments = [x[index] for x in (replay.tokens, replay.actions, replay.rewards, replay.ends)]
-        history.append(update("world_model", world_model, optimizer, args, *segments, valid))
-    world_model.eval()
+        history.append(update("world_model", agent.world_model, optimizer, args, *segments, valid))
+    agent.world_model.eval()
     return means(history)
 
 
-def train_actor_critic(actor_critic, optimizer, replay, args, dreamer):
+def train_actor_critic(agent, optimizer, replay, args, dreamer):
     """An epoch's updates in dreams -> metrics. dreamer: `imagine`, accelerated."""
     if args.preset == "small":
         some = torch.randperm(replay.size)[:2048]
-        actor_critic.adapt(replay.reconstructions[some])
+        agent.actor_critic.adapt(replay.seen(agent.tokenizer, some))
     history = []
     for _ in progress(args.actor_critic_updates, "actor-critic"):
         # Dreams begin all over the replay: the policy practises wherever it has ever been.
         index, valid = replay.sample(args.actor_critic_batch, args.burn_in + 1, "last")
         # The world model's context. Where the episode is shorter, its first frame repeats.
         last = index[:, -args.context :]
-        dreamt = dreamer(replay.reconstructions[index], valid, replay.tokens[last], replay.actions[last])
+        seen = replay.seen(agent.tokenizer, index)
+        dreamt = dreamer(seen, valid, replay.tokens[last], replay.actions[last])
         # The small preset makes several updates of a batch, since updates are what it is short of.
         for part in torch.arange(args.actor_critic_batch).split(args.actor_critic_minibatch):
             minibatch = {name: x[part] for name, x in dreamt.items()}
-            history.append(update("actor_critic", actor_critic, optimizer, args, minibatch, args))
+            history.append(update("actor_critic", agent.actor_critic, optimizer, args, minibatch, args))
     return means(history)
 
 
@@ -1043,8 +1058,8 @@ def train(args, folder):
     save_run(folder, args, history, agent, optimizers, replay)
     act = accelerate(agent.act, args)
     dreamer = accelerate(partial(imagine, agent, args.horizon - 1), args)
-    sizes = [sum(p.numel() for p in network.parameters()) for network in agent.children()]
-    print(f"{folder}: {args.preset} preset on {args.device}, {sizes} parameters", flush=True)
+    sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in agent.named_children()}
+    print(f"{folder}: {args.preset} preset on {args.device}, parameters {sizes}", flush=True)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         # Every epoch has a seed of its own, so that a resumed run needs no generator's state.
@@ -1056,16 +1071,14 @@ def train(args, folder):
         if epoch <= args.collect_epochs:
             row |= collect(agent, act, game, replay, args)
         if epoch >= args.tokenizer_start:
-            row |= train_tokenizer(agent.tokenizer, optimizers["tokenizer"], replay, args, perceptual)
+            row |= train_tokenizer(agent, optimizers["tokenizer"], replay, args, perceptual)
         # The world model learns the words of this epoch's tokenizer, which is frozen from here on.
         if epoch >= args.world_model_start:
-            row |= tokenize_replay(agent.tokenizer, replay, args)
-            if args.local_tokens:
-                agent.world_model.take_codes(agent.tokenizer.codebook.weight)
-            row |= train_world_model(agent.world_model, optimizers["world_model"], replay, args)
+            row |= tokenize_replay(agent, replay, args)
+            row |= train_world_model(agent, optimizers["world_model"], replay, args)
         # The policy learns in dreams only. Real frames do no more than begin them.
         if epoch >= args.actor_critic_start:
-            row |= train_actor_critic(agent.actor_critic, optimizers["actor_critic"], replay, args, dreamer)
+            row |= train_actor_critic(agent, optimizers["actor_critic"], replay, args, dreamer)
         # A loss that is not finite has already spoilt the weights: stop before they are saved.
         for name, value in row.items():
             if not math.isfinite(value):
@@ -1396,6 +1409,7 @@ def look_into(args):
     _, recording = play_games(agent, act, args, 1, max_steps=1000)
     if args.dream:
         write_pictures(agent, args, recording, results / "media" / "dream")
+        print(f"wrote {results / 'media' / 'dream'}")
     else:
         play(agent, args, recording)
 

@@ -476,7 +476,7 @@ def test_dreams_begin_in_the_replay():
     replay = filled_replay()
     steps = torch.arange(len(replay.tokens))
     replay.tokens[:] = steps[:, None] % 32
-    replay.reconstructions[:] = steps.view(-1, 1, 1, 1) / 300
+    replay.reconstructions = (steps.view(-1, 1, 1, 1) / 300).expand(-1, 3, 64, 64)
     seen, dreams, parts, loss = [], [], [], agent.actor_critic.loss
 
     def dreamer(*past):
@@ -490,7 +490,7 @@ def test_dreams_begin_in_the_replay():
 
     agent.actor_critic.loss = watched
     optimizer = iris.make_optimizers(agent, args)["actor_critic"]
-    iris.train_actor_critic(agent.actor_critic, optimizer, replay, args, dreamer)
+    iris.train_actor_critic(agent, optimizer, replay, args, dreamer)
     ((frames, valid, tokens, actions),) = seen
     index = (frames[:, :, 0, 0, 0] * 300).round().long()  # (64, 5) steps of the replay
     assert valid[:, -1].all()
@@ -533,7 +533,7 @@ def test_no_update_waits_for_the_device(name, hub, monkeypatch):
     helpers["actor_critic"] = [iris.accelerate(dreamer, args)]
     train = getattr(iris, f"train_{name}")
     with pytest.raises(RuntimeError, match="meta"):
-        train(getattr(agent, name), optimizer, replay, args, *helpers[name])
+        train(agent, optimizer, replay, args, *helpers[name])
     assert len(updates) == 3
 
 
@@ -1034,7 +1034,7 @@ def test_stopped_and_resumed(how, whole_run, tmp_path):
 
 
 def test_finished_run_goes_on(whole_run, a_run, monkeypatch):
-    """A finished run repeats its last evaluation if resumed, and with more --epochs trains on."""
+    """A finished run repeats its last evaluation if resumed; more epochs train on, and collect."""
     (a_run / "eval.json").unlink()
     (a_run / "config.json").unlink()  # it is for people
     assert iris.main(["--resume", str(a_run / "checkpoint.pt")]) == 0
@@ -1044,10 +1044,11 @@ def test_finished_run_goes_on(whole_run, a_run, monkeypatch):
     state["args"]["device"] = "cuda"  # as if from a machine with a GPU: it goes on without one
     torch.save(state, a_run / "checkpoint.pt")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert iris.main(["--resume", str(a_run), "--epochs", "5"]) == 0
+    assert iris.main(["--resume", str(a_run), "--epochs", "5", "--collect-epochs", "5"]) == 0
     assert json.loads((a_run / "config.json").read_text())["epochs"] == 5
     after = read_run(a_run)
     assert len(after["rows"]) == 5 and after["rows"][:4] == before["rows"]
+    assert [row["real_steps"] for row in after["rows"]] == ["40", "80", "120", "120", "160"]
     assert after["state"]["agent"] != before["state"]["agent"]
 
 
@@ -1132,6 +1133,7 @@ REFUSED = {  # flags -> what the one line names; RUN is a whole run
     "--resume RUN --layers 3": "--layers",
     "--resume RUN --gamma 0.5": "--gamma",
     "--resume RUN --seed 2": "--seed",
+    "--resume RUN --collect-epochs 1": "--collect-epochs",
 }
 
 
@@ -1562,16 +1564,16 @@ def benchmark(*flags):
         collect()
 
     def tokenize():
-        iris.tokenize_replay(agent.tokenizer, replay, args)
+        iris.tokenize_replay(agent, replay, args)
 
     def imagine():
         index, valid = replay.sample(args.actor_critic_batch, args.burn_in + 1, "last")
         last = index[:, -args.context :]
-        dreamer(replay.reconstructions[index], valid, replay.tokens[last], replay.actions[last])
+        dreamer(replay.seen(agent.tokenizer, index), valid, replay.tokens[last], replay.actions[last])
 
     def train(name, *inputs):
         work = getattr(iris, f"train_{name}")
-        return partial(work, getattr(agent, name), optimizers[name], replay, args, *inputs)
+        return partial(work, agent, optimizers[name], replay, args, *inputs)
 
     def seconds(work):
         times = []
