@@ -147,7 +147,6 @@ def make_parser(preset):
 
 def parse_args(argv=None):
     """Command line -> namespace of flags. Bad ones raise InputError, or argparse's SystemExit."""
-    argv = sys.argv[1:] if argv is None else argv
     # The first pass only tells which defaults the second one needs: those of a preset, or of a run.
     args = make_parser("paper").parse_args(argv)
     run = args.resume or args.eval or args.dream or args.play
@@ -397,8 +396,7 @@ def make_encoder(sizes, C, E):
 
 def make_decoder(sizes, C, E):
     """Latents (N, E, g, g) -> frames (N, 3, 64, 64): the encoder backwards, one more block per size."""
-    layers = OrderedDict(post_quant_conv=nn.Conv2d(E, E, 1))
-    layers["conv_in"] = nn.Conv2d(E, C, 3, padding=1)
+    layers = OrderedDict(post_quant_conv=nn.Conv2d(E, E, 1), conv_in=nn.Conv2d(E, C, 3, padding=1))
     layers.update(mid_block_1=ResBlock(C), mid_attn_1=SpatialAttention(C), mid_block_2=ResBlock(C))
     for i, size in reversed(list(enumerate(sizes))):
         for j in range(3):
@@ -566,8 +564,8 @@ class Block(nn.Module):
     def forward(self, x, cache=None, start=0):
         """x is the first S positions, or a single one, `start`, that sees the earlier ones through the
         cache (2, B, nh, S_max, hs): their keys and values. A cache is filled on the way."""
-        B, S, D = x.shape
-        qkv = self.qkv(self.ln1(x)).view(B, S, 3, self.heads, D // self.heads)
+        S = x.shape[1]
+        qkv = self.qkv(self.ln1(x)).unflatten(2, (3, self.heads, -1))  # (B, S, 3, nh, hs)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, S, hs)
         q, k, v = qkv
         if cache is not None:
@@ -575,14 +573,9 @@ class Block(nn.Module):
             k, v = cache[:, :, :, : start + S]  # each (B, nh, start + S, hs)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=(S > 1))
-        y = self.proj(y.transpose(1, 2).reshape(B, S, D))
+        y = self.proj(y.transpose(1, 2).flatten(2))  # (B, S, D)
         x = x + F.dropout(y, self.dropout, self.training)
         return x + F.dropout(self.mlp(self.ln2(x)), self.dropout, self.training)
-
-
-def make_head(width, outputs):
-    """A small network instead of a single matrix: (..., D) -> (..., outputs)."""
-    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs))
 
 
 class WorldModel(nn.Module):
@@ -606,11 +599,10 @@ class WorldModel(nn.Module):
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList(Block(D, args.dropout) for _ in range(args.layers))
         self.ln_f = nn.LayerNorm(D)
-        # Three questions about one hidden state.
-        self.head_token = make_head(D, V)
+        # Three questions about one hidden state, each answered by a small network.
         rewards = 3 if args.reward_loss == "cross-entropy" else 1  # classes: the signs -1, 0, 1
-        self.head_reward = make_head(D, rewards)
-        self.head_end = make_head(D, 2)
+        heads = [nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, n)) for n in (V, rewards, 2)]
+        self.head_token, self.head_reward, self.head_end = heads
         # GPT's 0.02 leaves a narrow network nearly silent at first. The small preset has no time for
         # that: with 0.08, and the positions below, it learns several times as fast.
         std = 0.08 if args.preset == "small" else 0.02
@@ -935,8 +927,7 @@ def update(name, network, optimizer, args, *batch):
 def means(history):
     """A list of metrics, each a dict of tensors -> their means, as floats."""
     # Once per phase: to read a value is to wait for the GPU, which then stands idle.
-    columns = {name: [metrics[name].detach() for metrics in history] for name in history[0]}
-    return {name: float(torch.stack(column).mean()) for name, column in columns.items()}
+    return {name: torch.stack([metrics[name] for metrics in history]).mean().item() for name in history[0]}
 
 
 def collect(agent, act, game, replay, args):
@@ -1120,7 +1111,7 @@ Seaquest 68.4 42054.7 661.32 | UpNDown 533.4 11693.2 3546.2
 
 def play_games(agent, act, args, games, max_steps=math.inf):
     """Plays whole games side by side -> returns (games,), and frames, actions, rewards of the first
-    game, 1000 steps at most. max_steps: stop after so many."""
+    game, 1000 steps at most. max_steps: stop when so many are recorded."""
     # All games start at once, and we wait for the longest: to take the first n that finish would
     # favour short games, usually lost ones.
     env = make_env(args.env, games, training=False)
@@ -1132,9 +1123,7 @@ def play_games(agent, act, args, games, max_steps=math.inf):
     returns = np.zeros(games)
     playing = np.ones(games, dtype=bool)
     recording = []
-    step = 0
-    while playing.any() and step < max_steps:
-        step += 1
+    while playing.any() and len(recording) < max_steps:
         seen = resize(frames)
         # The policy's memory begins empty and lasts for the whole game, across lives.
         actions, state = act(seen.to(args.device), state, temperature)
@@ -1270,24 +1259,20 @@ OFFICIAL_NAMES = (  # (pattern in our tensors' names, the authors' names), appli
 )
 
 
-def rename_official(state_dict, names):
-    """An authors' checkpoint, our tensors' names -> the same weights under our names."""
-    ours = {}
-    for name in names:
-        theirs = name
-        for pattern, replacement in OFFICIAL_NAMES:
-            theirs = re.sub(pattern, replacement, theirs)
-        parts = [""]
-        if "qkv" in theirs:  # our one matrix is three of theirs
-            parts = ["query", "key", "value"] if "transformer" in theirs else ["q", "k", "v"]
-        ours[name] = torch.cat([state_dict[theirs.replace("qkv", part)] for part in parts])
-    return ours
+def find_official(state_dict, name):
+    """An authors' checkpoint, the name of a tensor of ours -> that tensor."""
+    for pattern, replacement in OFFICIAL_NAMES:
+        name = re.sub(pattern, replacement, name)
+    parts = [""]
+    if "qkv" in name:  # our one matrix is three of theirs
+        parts = ["query", "key", "value"] if "transformer" in name else ["q", "k", "v"]
+    return torch.cat([state_dict[name.replace("qkv", part)] for part in parts])
 
 
 def load_weights(agent, state, path):
     """Puts the weights of a checkpoint, a run's or the authors', into the agent."""
     try:
-        weights = state.get("agent") or rename_official(state, agent.state_dict())
+        weights = state.get("agent") or {name: find_official(state, name) for name in agent.state_dict()}
         agent.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{path} does not fit the flags, or --env: {str(error)[:150]}") from None
