@@ -23,8 +23,8 @@ Sections, equations and appendices cited below are that paper's; parts are this 
 #
 # Read it from top to bottom. Letters in shapes: N images, B batch, T time steps, K tokens per frame,
 # S positions of the transformer (T (K + 1) for T whole steps), D its width, nh heads of size hs, V
-# vocabulary, E size of a code, g = sqrt(K) side of the token grid, C channels, A actions, L size of
-# the LSTM, H frames of a dream (the first is real, so H - 1 steps).
+# vocabulary, E size of a code, g side of the token grid (4, or 8 if K = 64; K = 32 is 4 x 8), C channels,
+# A actions, L size of the LSTM, H frames of a dream (the first is real, so H - 1 steps).
 import argparse
 import io
 import json
@@ -122,7 +122,7 @@ def make_parser(preset):
     add_argument("--final-games", 100, "games in the final one, and in --eval", small=30)
     # The networks.
     add_argument("--local-tokens", False, "each token sees and draws only its own square", small=True)
-    add_argument("--tokens-per-frame", 16, "K; 64: finer, slower (appendix E)", choices=(16, 64))
+    add_argument("--tokens-per-frame", 16, "K; 64: finer, slower; 32: local only", choices=(16, 32, 64))
     add_argument("--vocab-size", 512, "V: codes in the codebook")
     add_argument("--perceptual-loss", True, "LPIPS; downloads a VGG16", small=False)
     add_argument("--reconstruction-loss", "l1", "the paper's text says l2", choices=("l1", "l2"))
@@ -186,6 +186,8 @@ def parse_args(argv=None):
         raise InputError("--tokenizer-start <= --world-model-start <= --actor-critic-start: each needs the one before")
     if not 1 < args.horizon <= args.sequence_length + 1 - args.context or args.context > args.burn_in:
         raise InputError("--horizon >= 2, --context + --horizon <= --sequence-length + 1, --context <= --burn-in")
+    if args.tokens_per_frame == 32 and not args.local_tokens:
+        raise InputError("--tokens-per-frame 32 is for --local-tokens; the paper's grids are square: 16 or 64")
     if args.width % 4 or args.seed >= 2**31:
         raise InputError("--width must be a multiple of the 4 heads, --seed below 2**31")
     return args
@@ -416,20 +418,23 @@ class Tokenizer(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.grid = math.isqrt(args.tokens_per_frame)
+        self.grid = {16: (4, 4), 32: (4, 8), 64: (8, 8)}[args.tokens_per_frame]  # rows, columns
         self.reconstruction_loss = F.l1_loss if args.reconstruction_loss == "l1" else F.mse_loss
         if args.local_tokens:
             # The small preset's. If every token describes the whole screen, the codes are used up
             # by combinations of paddles and scores, and the ball is the first thing to go. Here a
-            # token sees and draws one square: a latent is its pixels, a code is a little picture.
-            # Encoder and decoder have no parameters: only the codes are learned.
-            side = 64 // self.grid
-            E = 3 * side * side
-            self.encoder = nn.PixelUnshuffle(side)  # (N, 3, 64, 64) -> (N, E, g, g)
-            self.decoder = nn.PixelShuffle(side)  # and back
+            # token sees and draws one square (K = 32: half a square, 16 high and 8 wide): a latent is
+            # its pixels, a code is a little picture. Encoder and decoder have no parameters: only the
+            # codes are learned.
+            patch = (64 // self.grid[0], 64 // self.grid[1])  # height, width
+            E = 3 * patch[0] * patch[1]
+            unfold = nn.Unfold(patch, stride=patch)  # (N, 3, 64, 64) -> (N, E, K)
+            fold = nn.Fold((64, 64), patch, stride=patch)  # and back
+            self.encoder = nn.Sequential(unfold, nn.Unflatten(2, self.grid))  # (N, E, g, g)
+            self.decoder = nn.Sequential(nn.Flatten(2), fold)
         else:  # the paper's: a VQGAN without its GAN, where every token sees the whole frame
             E = 512
-            sizes = [size for size in (64, 32, 16, 8, 4) if size >= self.grid]
+            sizes = [size for size in (64, 32, 16, 8, 4) if size >= self.grid[0]]
             self.encoder = make_encoder(sizes, 64, E)
             self.decoder = make_decoder(sizes, 64, E)
         self.codebook = nn.Embedding(args.vocab_size, E)
@@ -446,7 +451,7 @@ class Tokenizer(nn.Module):
     def embed(self, tokens):
         """Tokens (N, K) -> their codes z_q (N, E, g, g)."""
         z_q = self.codebook(tokens).transpose(1, 2).contiguous()  # (N, E, K)
-        return z_q.unflatten(2, (self.grid, self.grid))
+        return z_q.unflatten(2, self.grid)
 
     def encode(self, x):
         """Frames (N, 3, 64, 64) in [-1, 1] -> tokens (N, K)."""

@@ -167,12 +167,12 @@ def test_tokenizer_loss(kind, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("number", [16, 64])
-@pytest.mark.parametrize("local", ["--local-tokens", "--no-local-tokens"])
-def test_nearest_code(local, number):
-    """Both tokenizers, 4 x 4 or 8 x 8 tokens: each is the nearest code by brute force, row by row."""
-    tokenizer = bold_agent(tiny_args(local, "--tokens-per-frame", str(number))).tokenizer
-    grid = math.isqrt(number)
+@pytest.mark.parametrize("flags", ["16", "32", "64", "16 --no-local-tokens", "64 --no-local-tokens"])
+def test_nearest_code(flags):
+    """Both tokenizers, 4 x 4, 4 x 8 or 8 x 8 tokens: each is the nearest code by brute force, row by row."""
+    tokenizer = bold_agent(tiny_args("--tokens-per-frame", *flags.split())).tokenizer
+    number = int(flags[:2])
+    columns = 4 if number == 16 else 8
     x = torch.rand(2, 3, 64, 64) * 2 - 1
     z = tokenizer.encoder(x)
     codes = tokenizer.codebook.weight
@@ -182,7 +182,7 @@ def test_nearest_code(local, number):
     embedded = tokenizer.embed(tokens)
     for n in range(2):
         for place in range(number):
-            row, column = divmod(place, grid)
+            row, column = divmod(place, columns)
             distances = [(z[n, :, row, column] - code).square().sum() for code in codes]
             nearest = int(np.argmin(distances))
             assert tokens[n, place] == nearest
@@ -194,11 +194,12 @@ def test_nearest_code(local, number):
 
 
 @torch.no_grad()
-def test_revived_codes():
+@pytest.mark.parametrize("height, width", [(16, 16), (16, 8), (8, 8)])
+def test_revived_codes(height, width):
     """Every square of some mosaics becomes a code, a rare one too; codes in use stay later on."""
     torch.manual_seed(0)
-    squares = torch.randint(256, (12, 16, 16, 3), dtype=torch.uint8)
-    choice = torch.randint(9, (100, 4, 4))
+    squares = torch.randint(256, (12, height, width, 3), dtype=torch.uint8)
+    choice = torch.randint(9, (100, 64 // height, 64 // width))
     choice[50, 2, 1] = 9  # the rare one
 
     def mosaics():
@@ -206,7 +207,8 @@ def test_revived_codes():
         return iris.to_network(frames.reshape(100, 64, 64, 3))
 
     x = mosaics()
-    tokenizer = iris.Tokenizer(tiny_args("--vocab-size", "256"))
+    number = str(choice[0].numel())
+    tokenizer = iris.Tokenizer(tiny_args("--vocab-size", "256", "--tokens-per-frame", number))
     assert (tokenizer.decode(tokenizer.encode(x)) - x).abs().mean() > 0.3
     address = tokenizer.codebook.weight.data_ptr()
     tokenizer.revive_codes(x)
@@ -1120,6 +1122,7 @@ REFUSED = {  # flags -> what the one line names; RUN is a whole run
     "--gamma 1.5": "--gamma",
     "--horizon 7": "--horizon",
     "--width 33": "--width",
+    "--tokens-per-frame 32 --no-local-tokens": "--local-tokens",
     "--tokenizer-start 3": "start",
     "--epoch 3": "--epoch",
     "--perceptual-loss": "LPIPS",
