@@ -23,8 +23,8 @@ Sections, equations and appendices cited below are that paper's; parts are this 
 #
 # Read it from top to bottom. Letters in shapes: N images, B batch, T time steps, K tokens per frame,
 # S positions of the transformer (T (K + 1) for T whole steps), D its width, nh heads of size hs, V
-# vocabulary, E size of a code, g side of the token grid (4, or 8 if K = 64; K = 32 is 4 x 8), C channels,
-# A actions, L size of the LSTM, H frames of a dream (the first is real, so H - 1 steps).
+# vocabulary, E size of a code, g = sqrt(K) side of the token grid, C channels, A actions, L size of
+# the LSTM, H frames of a dream (the first is real, so H - 1 steps).
 import argparse
 import io
 import json
@@ -55,10 +55,11 @@ import torch.nn.functional as F
 # ---- 1. Flags: the paper's numbers in one place (on a first reading, go on to part 2) ------------
 # The paper preset follows the authors' code where the paper's text differs. The small preset is the
 # same idea for a machine without a GPU: smaller networks, tokens that are local (part 4), a shorter
-# schedule, other initial weights, and a policy that sees what moves (part 6). On a CPU dreams are slow
-# and real steps are not: the small preset collects 4000 of them in less than half a minute, and makes
+# schedule, other initial weights, and a policy that sees what moves (part 6). On a CPU dreams are
+# slow and real steps are not: the small preset collects 4000 of them in half a minute, and makes
 # four updates, on a quarter each, of every batch of dreams.
-MAY_CHANGE = ("epochs", "collect_epochs", "device", "mixed_precision", "final_games", "tensorboard")  # by --resume
+# What --resume may change.
+MAY_CHANGE = ("epochs", "collect_epochs", "device", "mixed_precision", "final_games", "tensorboard")
 
 
 class InputError(ValueError):
@@ -82,7 +83,7 @@ def make_parser(preset):
 
     # The modes; without one, it trains.
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--resume", type=Path, metavar="RUN", help="continue a run; more --epochs, --collect-epochs")
+    modes.add_argument("--resume", type=Path, metavar="RUN", help="continue a run, for more --epochs")
     modes.add_argument("--eval", type=Path, metavar="RUN", help="score a run, or the authors' Pong.pt")
     modes.add_argument("--play", type=Path, metavar="RUN", help="play inside a run's world model yourself")
     modes.add_argument("--dream", type=Path, metavar="RUN", help="picture and film of a run's dreams")
@@ -122,7 +123,7 @@ def make_parser(preset):
     add_argument("--final-games", 100, "games in the final one, and in --eval", small=30)
     # The networks.
     add_argument("--local-tokens", False, "each token sees and draws only its own square", small=True)
-    add_argument("--tokens-per-frame", 16, "K; 64: finer, slower; 32: local only", choices=(16, 32, 64))
+    add_argument("--tokens-per-frame", 16, "K; 64: finer, slower (appendix E)", choices=(16, 64))
     add_argument("--vocab-size", 512, "V: codes in the codebook")
     add_argument("--perceptual-loss", True, "LPIPS; downloads a VGG16", small=False)
     add_argument("--reconstruction-loss", "l1", "the paper's text says l2", choices=("l1", "l2"))
@@ -186,8 +187,6 @@ def parse_args(argv=None):
         raise InputError("--tokenizer-start <= --world-model-start <= --actor-critic-start: each needs the one before")
     if not 1 < args.horizon <= args.sequence_length + 1 - args.context or args.context > args.burn_in:
         raise InputError("--horizon >= 2, --context + --horizon <= --sequence-length + 1, --context <= --burn-in")
-    if args.tokens_per_frame == 32 and not args.local_tokens:
-        raise InputError("--tokens-per-frame 32 is for --local-tokens; the paper's grids are square: 16 or 64")
     if args.width % 4 or args.seed >= 2**31:
         raise InputError("--width must be a multiple of the 4 heads, --seed below 2**31")
     return args
@@ -248,9 +247,9 @@ class Game:
         self.opens = end or bool(truncated[0])
         over = False
         while terminated[0] or truncated[0]:
-            # The step after an end shows the next episode's first frame, and is not recorded. If only
-            # a life was lost, it is an ordinary no-op, which may itself lose one. If the game is over,
-            # a new one begins, which shows in the frame counter: it goes back.
+            # The step after an end shows the next episode's first frame, and is not recorded. If
+            # only a life was lost, it is an ordinary no-op, which may itself lose one. If the game
+            # is over, a new one begins, which shows in the frame counter: it goes back.
             played = info["episode_frame_number"][0]
             frames, rewards, terminated, truncated, info = self.env.step(np.array([0]))
             reward += float(rewards[0])
@@ -285,8 +284,7 @@ class Replay:
             self.ends = torch.zeros(n, dtype=torch.long)
             self.starts = torch.zeros(n, dtype=torch.long)  # of the episodes
             self.tokens = torch.zeros(n, args.tokens_per_frame, dtype=torch.long)
-            kept = 0 if args.local_tokens else n
-            self.reconstructions = torch.zeros(kept, 3, 64, 64, dtype=precision)
+            self.reconstructions = torch.zeros(0 if args.local_tokens else n, 3, 64, 64, dtype=precision)
         self.size = self.episodes = 0
 
     def record(self, game, action):
@@ -418,23 +416,20 @@ class Tokenizer(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.grid = {16: (4, 4), 32: (4, 8), 64: (8, 8)}[args.tokens_per_frame]  # rows, columns
+        self.grid = math.isqrt(args.tokens_per_frame)
         self.reconstruction_loss = F.l1_loss if args.reconstruction_loss == "l1" else F.mse_loss
         if args.local_tokens:
             # The small preset's. If every token describes the whole screen, the codes are used up
             # by combinations of paddles and scores, and the ball is the first thing to go. Here a
-            # token sees and draws one square (K = 32: half a square, 16 high and 8 wide): a latent is
-            # its pixels, a code is a little picture. Encoder and decoder have no parameters: only the
-            # codes are learned.
-            patch = (64 // self.grid[0], 64 // self.grid[1])  # height, width
-            E = 3 * patch[0] * patch[1]
-            unfold = nn.Unfold(patch, stride=patch)  # (N, 3, 64, 64) -> (N, E, K)
-            fold = nn.Fold((64, 64), patch, stride=patch)  # and back
-            self.encoder = nn.Sequential(unfold, nn.Unflatten(2, self.grid))  # (N, E, g, g)
-            self.decoder = nn.Sequential(nn.Flatten(2), fold)
+            # token sees and draws one square: a latent is its pixels, a code is a little picture.
+            # Encoder and decoder have no parameters: only the codes are learned.
+            side = 64 // self.grid
+            E = 3 * side * side
+            self.encoder = nn.PixelUnshuffle(side)  # (N, 3, 64, 64) -> (N, E, g, g)
+            self.decoder = nn.PixelShuffle(side)  # and back
         else:  # the paper's: a VQGAN without its GAN, where every token sees the whole frame
             E = 512
-            sizes = [size for size in (64, 32, 16, 8, 4) if size >= self.grid[0]]
+            sizes = [size for size in (64, 32, 16, 8, 4) if size >= self.grid]
             self.encoder = make_encoder(sizes, 64, E)
             self.decoder = make_decoder(sizes, 64, E)
         self.codebook = nn.Embedding(args.vocab_size, E)
@@ -451,7 +446,7 @@ class Tokenizer(nn.Module):
     def embed(self, tokens):
         """Tokens (N, K) -> their codes z_q (N, E, g, g)."""
         z_q = self.codebook(tokens).transpose(1, 2).contiguous()  # (N, E, K)
-        return z_q.unflatten(2, self.grid)
+        return z_q.unflatten(2, (self.grid, self.grid))
 
     def encode(self, x):
         """Frames (N, 3, 64, 64) in [-1, 1] -> tokens (N, K)."""
@@ -514,8 +509,6 @@ def lpips(weights, x, y):
         x = (x.float() - weights["shift"]) / weights["scale"]
         y = (y.float() - weights["shift"]) / weights["scale"]
         for stage, convolutions in enumerate(VGG_STAGES):
-            if stage > 0:
-                x, y = F.max_pool2d(x, 2), F.max_pool2d(y, 2)
             for i in convolutions:
                 kernel, bias = weights[f"features.{i}.weight"], weights[f"features.{i}.bias"]
                 x = F.relu(F.conv2d(x, kernel, bias, padding=1))
@@ -523,6 +516,7 @@ def lpips(weights, x, y):
             difference = (F.normalize(x, eps=1e-10) - F.normalize(y, eps=1e-10)).square()
             head = weights[f"lin{stage}.model.1.weight"]  # how much each channel matters to people
             distance = distance + F.conv2d(difference, head).mean((1, 2, 3))
+            x, y = F.max_pool2d(x, 2), F.max_pool2d(y, 2)
     return distance
 
 
@@ -579,8 +573,8 @@ class Block(nn.Module):
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=(S > 1))
         y = self.proj(y.transpose(1, 2).flatten(2))  # (B, S, D)
-        x = x + F.dropout(y, self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.ln2(x)), self.dropout, self.training)
+        x = x + F.dropout(y, dropout)
+        return x + F.dropout(self.mlp(self.ln2(x)), dropout)
 
 
 class WorldModel(nn.Module):
@@ -806,9 +800,9 @@ class Agent(nn.Module):
         self.draw_rewards = args.draw_rewards
 
     def act(self, frames, state, temperature):
-        """Real frames (N, 64, 64, 3), memory, temperature (a tensor, since a CUDA graph would freeze a
-        number) -> actions (N,), memory."""
-        # The policy learned from decoded frames, so real frames are decoded for it, too.
+        """Real frames (N, 64, 64, 3), memory, temperature -> actions (N,), memory."""
+        # The policy learned from decoded frames, so real frames are decoded for it, too. The
+        # temperature is a tensor, since a CUDA graph would freeze a number.
         seen = self.tokenizer.decode(self.tokenizer.encode(to_network(frames)))
         logits, _, state = self.actor_critic(seen[:, None], state)
         return sample(logits[:, 0] / temperature.clamp(min=1e-3)), state
