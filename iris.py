@@ -58,6 +58,7 @@ import torch.nn.functional as F
 # schedule, other initial weights, and a policy that sees what moves (part 6). On a CPU dreams are
 # slow and real steps are not: the small preset collects 4000 of them in half a minute, and makes
 # four updates, on a quarter each, of every batch of dreams.
+
 # What --resume may change.
 MAY_CHANGE = ("epochs", "collect_epochs", "device", "mixed_precision", "final_games", "tensorboard")
 
@@ -151,7 +152,7 @@ def parse_args(argv=None):
     # The first pass only tells which defaults the second one needs: those of a preset, or of a run.
     args = make_parser("paper").parse_args(argv)
     run = args.resume or args.eval or args.dream or args.play
-    if run and run.name == "checkpoint.pt":
+    if run and run.name == "checkpoint.pt":  # as good as its folder
         run = run.parent
     saved = read_checkpoint(run).get("args", {}) if run else {}
     if args.resume and not saved:
@@ -247,9 +248,9 @@ class Game:
         self.opens = end or bool(truncated[0])
         over = False
         while terminated[0] or truncated[0]:
-            # The step after an end shows the next episode's first frame, and is not recorded. If
-            # only a life was lost, it is an ordinary no-op, which may itself lose one. If the game
-            # is over, a new one begins, which shows in the frame counter: it goes back.
+            # The step after an end shows the next episode's first frame. If only a life was lost, it
+            # is an ordinary no-op, which may itself lose one; its reward goes to the action before.
+            # If the game is over, a new one begins, which shows in the frame counter: it goes back.
             played = info["episode_frame_number"][0]
             frames, rewards, terminated, truncated, info = self.env.step(np.array([0]))
             reward += float(rewards[0])
@@ -382,7 +383,7 @@ def make_encoder(sizes, C, E):
     for i, size in enumerate(sizes):
         for j in range(2):
             layers[f"down_{i}_block_{j}"] = ResBlock(C)
-            if size in (8, 16):  # larger ones cost too much; the middle has its own
+            if size in (8, 16):  # larger grids cost too much; mid_ has its own
                 layers[f"down_{i}_attn_{j}"] = SpatialAttention(C)
         if size > sizes[-1]:  # halve it; padded on the right and at the bottom only
             layers[f"down_{i}_pad"] = nn.ZeroPad2d((0, 1, 0, 1))
