@@ -8,7 +8,7 @@ trains, evaluates, and draws what the agent dreams; --help lists the other modes
 Sections, equations and appendices cited below are that paper's; parts are this file's.
 """
 
-# A discrete autoencoder turns every frame into a few tokens, so that a game becomes a text. A GPT
+# A discrete autoencoder turns every frame into a few tokens, so that a game becomes text. A GPT
 # learns to continue that text: the next frame, the reward, the end. Sampling from the GPT is a dream
 # of the game, and the policy learns only in dreams. The autoencoder and the GPT are trained on two
 # hours of real play.
@@ -57,7 +57,7 @@ import torch.nn.functional as F
 # same idea for a machine without a GPU: smaller networks, tokens that are local (part 4), a shorter
 # schedule, other initial weights, and a policy that sees what moves (part 6). On a CPU dreams are
 # slow and real steps are not: the small preset collects 4000 of them in half a minute, and makes
-# four updates, on a quarter each, of every batch of dreams.
+# four updates per batch of dreams, each on a quarter of it.
 
 # What --resume may change.
 MAY_CHANGE = ("epochs", "collect_epochs", "device", "mixed_precision", "final_games", "tensorboard")
@@ -95,7 +95,7 @@ def make_parser(preset):
     add_argument("--seed", 1, "of networks, sampling and games")
     add_argument("--device", device, "where to compute", choices=sorted({"cpu", device}))
     add_argument("--mixed-precision", True, "bfloat16: fast on GPUs from Ampere on", small=False)
-    add_argument("--torch-deterministic", False, "reproducible on a GPU too, but slower")
+    add_argument("--torch-deterministic", False, "where torch can, reproducible on a GPU too; slower")
     add_argument("--tensorboard", False, "write events for TensorBoard as well")
     # The schedule: an epoch collects real steps, then trains each network for some updates. A
     # network that starts too early learns from another that knows nothing yet.
@@ -139,7 +139,7 @@ def make_parser(preset):
     add_argument("--burn-in", 20, "real frames that fill the policy's memory", small=4)
     add_argument("--context", 1, "real frames that the world model sees before a dream", small=3)
     add_argument("--horizon", 20, "H: frames of a dream", small=10)
-    add_argument("--draw-rewards", True, "dreams pay a sampled sign, not its mean", small=False)
+    add_argument("--draw-rewards", True, "dreams pay a sampled sign of the reward, not its mean", small=False)
     add_argument("--gamma", 0.995, "discount: how far the policy looks ahead", small=0.97)
     add_argument("--td-lambda", 0.95, "lambda of the returns; 0: one step, 1: the whole dream")
     add_argument("--norm-advantage", False, "scale advantages to one size in all games", small=True)
@@ -182,7 +182,7 @@ def parse_args(argv=None):
             raise InputError(f"{flag} {value} is out of range")
         if args.resume and name not in MAY_CHANGE and value != saved.get(name, value):
             raise InputError(f"{flag} is {saved[name]} in {run}, and cannot change when resumed")
-    if args.collect_epochs < saved.get("collect_epochs", 0):
+    if args.resume and args.collect_epochs < saved["collect_epochs"]:
         raise InputError(f"--collect-epochs can only be raised; it is {saved['collect_epochs']} in {run}")
     if not args.tokenizer_start <= args.world_model_start <= args.actor_critic_start:
         raise InputError("--tokenizer-start <= --world-model-start <= --actor-critic-start: each needs the one before")
@@ -205,7 +205,7 @@ def make_env(env_id, num_envs=1, training=True):
         seen = dict(img_height=height, img_width=width, grayscale=False, stack_num=1, frameskip=4)
         rules = dict(repeat_action_probability=0.0, reward_clipping=False, use_fire_reset=False)
         rules["life_loss_info"] = training
-        rules["noop_max"] = 30 if training else 1
+        rules["noop_max"] = 30 if training else 1  # it draws a number below this: 1 is none
         rules["max_num_frames_per_episode"] = 20_000 if training else 108_000  # raw frames
         return gym.make_vec(env_id, num_envs=num_envs, **seen, **rules)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
@@ -224,8 +224,8 @@ class Game:
     """Real games, one after another, across epochs and across restarts of the program."""
 
     # Game number n is seeded with seed + n, and the emulator has no other randomness. So the actions
-    # alone determine everything that was seen: a checkpoint holds just them, and playing them again
-    # brings back every frame and every reward.
+    # alone determine everything that was seen: of the replay, a checkpoint holds just them, and
+    # playing them again brings back every frame and every reward.
     def __init__(self, env_id, seed):
         self.env = make_env(env_id)
         self.seed = seed
@@ -248,9 +248,10 @@ class Game:
         self.opens = end or bool(truncated[0])
         over = False
         while terminated[0] or truncated[0]:
-            # The step after an end shows the next episode's first frame. If only a life was lost, it
-            # is an ordinary no-op, which may itself lose one; its reward goes to the action before.
-            # If the game is over, a new one begins, which shows in the frame counter: it goes back.
+            # Only the step after an end shows the next episode's first frame. If the game is over,
+            # that step ignores its action and begins a new game: the frame counter goes backwards.
+            # If only a life was lost, it is an ordinary no-op, whose reward is credited to the
+            # action before. It may lose another life, hence the loop.
             played = info["episode_frame_number"][0]
             frames, rewards, terminated, truncated, info = self.env.step(np.array([0]))
             reward += float(rewards[0])
@@ -276,7 +277,7 @@ class Replay:
     # tokens, and the policy sees the reconstructions, never the frames. Local tokens are decoded by
     # copying pixels, so that their reconstructions need not be kept.
     def __init__(self, args):
-        n = args.collect_epochs * args.collect_steps + CHUNK
+        n = args.collect_epochs * args.collect_steps + CHUNK  # the last chunk is tokenized whole
         precision = torch.bfloat16 if args.mixed_precision else torch.float32
         with torch.device(args.device):
             self.frames = torch.zeros(n, 64, 64, 3, dtype=torch.uint8)
@@ -478,15 +479,16 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def revive_codes(self, x):
-        """For local tokens: gives every code that frames x (N, 3, 64, 64) do not use a new square."""
+        """For local tokens: codes that frames x (N, 3, 64, 64) do not use get a square that needs one."""
         latents = self.encoder(x).flatten(2).transpose(1, 2).flatten(0, 1)  # (N K, E)
         codes = self.codebook.weight
         distance, tokens = torch.cdist(latents, codes).square().min(dim=1)  # each (N K,)
         unused = (tokens.bincount(minlength=len(codes)) == 0).nonzero().flatten()
         # Most squares are background, which has its code. So an unused code gets the pixels of a
-        # square that is picked with probability proportional to its squared distance from the
-        # nearest code so far (k-means++): the ball in yet another place. Sixteen at a time, for
-        # speed. A distance below 0.01 is rounding: that square has its code already.
+        # square picked with probability proportional to its squared distance from the nearest code,
+        # new ones included (k-means++): the ball in yet another place. Sixteen at a time, for speed.
+        # A distance below 0.01 is rounding: that square has its code already. (1e-9: multinomial
+        # wants as many positive weights as it picks.)
         for i in range(0, len(unused), 16):
             part = unused[i : i + 16]
             picked = torch.multinomial(distance + 1e-9, len(part))
@@ -562,8 +564,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x, cache=None, start=0):
-        """x is the first S positions, or a single one, `start`, that sees the earlier ones through the
-        cache (2, B, nh, S_max, hs): their keys and values. A cache is filled on the way."""
+        """x: positions 0 .. S - 1 (start = 0), or the one position `start`, which sees the earlier ones
+        in the cache (2, B, nh, all positions, hs). Both write their keys and values into it."""
         S = x.shape[1]
         qkv = self.qkv(self.ln1(x)).unflatten(2, (3, self.heads, -1))  # (B, S, 3, nh, hs)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, S, hs)
@@ -592,7 +594,7 @@ class WorldModel(nn.Module):
         self.local_tokens = args.local_tokens
         if args.local_tokens:
             # A local token's code is a small picture, and is embedded by its pixels as well: what is
-            # learned of one token then serves all that look like it. Rare rewards need that most.
+            # learned about one token carries over to all that look like it. Rare rewards need that.
             pixels = 3 * 64 * 64 // K
             self.project_pixels = nn.Linear(pixels, D, bias=False)
             self.register_buffer("code_pixels", torch.zeros(V, pixels))
@@ -612,8 +614,8 @@ class WorldModel(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
         if args.preset == "small":
-            # A position begins as step + place in the step, so that what is learned of one step
-            # serves in all of them at once.
+            # A position begins as step + place in the step, so that what is learned at one step
+            # applies at all of them.
             steps = std * torch.randn(args.sequence_length, 1, D)
             places = std * torch.randn(K + 1, D)
             self.pos_emb.weight.data.copy_((steps + places).flatten(0, 1))
@@ -661,13 +663,13 @@ class WorldModel(nn.Module):
         return chances[..., 2] - chances[..., 0]
 
     def loss(self, tokens, actions, rewards, ends, valid):
-        """Segments (B, T, ...) -> loss, metrics; the sum of three losses, each a mean over valid steps."""
+        """Segments (B, T, ...) -> loss, metrics; the sum of three losses, each a mean over what is valid."""
         token_logits, reward_logits, end_logits = self.predict(tokens, actions)
         # The very first token is given; the last action predicts a frame that is not in the segment.
         # cross_entropy skips targets of -100.
         targets = tokens.masked_fill(~valid[..., None], -100).flatten(1)[:, 1:]  # (B, T K - 1)
         token_loss = F.cross_entropy(token_logits[:, :-1].flatten(0, 1), targets.flatten())
-        # Signs, since games pay in ones or in thousands, and all are to be learned at one rate.
+        # Signs, since games pay in ones or in thousands, and one learning rate should suit all.
         signs = rewards.sign()  # (B, T)
         if reward_logits.shape[-1] == 3:
             classes = (signs.long() + 1).masked_fill(~valid, -100)
@@ -717,7 +719,8 @@ class ActorCritic(nn.Module):
     @torch.no_grad()
     def adapt(self, frames):
         """For the small preset: takes means and deviations from decoded frames (N, 3, 64, 64)."""
-        whiten = self.cnn[2].train()  # in this mode it replaces its statistics (momentum = 1)
+        # self.cnn is [pool, flatten, whiten, ...]; in train mode whiten takes new statistics.
+        whiten = self.cnn[2].train()
         whiten(self.cnn[:2](frames.float()))
         whiten.eval()
 
@@ -731,7 +734,7 @@ class ActorCritic(nn.Module):
         features = self.cnn(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])  # (B, T, features)
         h, c = state.unbind(1)
         hidden = []
-        with torch.autocast(frames.device.type, enabled=False):  # memory needs more than bfloat16's 8 bits
+        with torch.autocast(frames.device.type, enabled=False):  # memory needs more than bfloat16's 8 significant bits
             for t in range(frames.shape[1]):
                 h, c = self.lstm(features[:, t].float(), (h, c))
                 if valid is not None:
@@ -821,17 +824,18 @@ def sample(logits):
 def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
     """Dreams `steps` = H - 1 steps after real ones -> dict of frames (B, H, 3, 64, 64), tokens
     (B, H, K), both beginning with the last real frame; actions, rewards, ends (B, H - 1); state
-    (B, 2, L), the policy's memory before them."""
+    (B, 2, L), the policy's memory just before it saw the first of `frames`."""
     # The policy gets the past as decoded frames (B, burn-in + 1, 3, 64, 64), with valid (B, burn-in
-    # + 1) false on padding; the world model as past_tokens (B, n, K) and past_actions (B, n) of the
-    # last n of these steps (n = --context, in training):
-    #                  padding     burn-in            last real frame    H - 1 dreamt frames
-    #    policy        ignored     fills the memory   acts on it         acts on all but the last one
-    #    world model   -           reads n - 1        reads it           samples them
+    # + 1) false on padding; the world model gets the last n of these steps (n = --context, in
+    # training) as past_tokens (B, n, K) and past_actions (B, n):
+    #                  earlier real frames         last real frame     H - 1 dreamt frames
+    #    policy        fill its memory             acts on it          acts on all but the last
+    #    world model   reads the last n - 1        reads it            generates them
     # The last of past_actions is ignored: the policy chooses a new one, or `given` (B, H - 1) does.
     world_model = agent.world_model
     state = agent.actor_critic.initial_state(len(frames))
-    _, _, state = agent.actor_critic(frames[:, :-1], state, valid[:, :-1])
+    if frames.shape[1] > 1:
+        _, _, state = agent.actor_critic(frames[:, :-1], state, valid[:, :-1])
     frame = frames[:, -1]
     lists = dict(frames=[frame], tokens=[past_tokens[:, -1]], actions=[], rewards=[], ends=[])
     state_before = state
@@ -841,7 +845,7 @@ def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
     positions, D = world_model.pos_emb.weight.shape
     block = world_model.blocks[0]
     shape = (len(world_model.blocks), 2, len(frames), block.heads, positions, D // block.heads)
-    caches = block.qkv(embedded[:, 0]).new_zeros(shape)  # in the precision of keys and values
+    caches = block.qkv(embedded[:, 0]).new_zeros(shape)  # computed for its dtype: bfloat16 or float32
     world_model(embedded, caches)  # fills them; what it predicts is known already
     position = embedded.shape[1]
     for t in range(steps):
@@ -850,7 +854,7 @@ def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
         vector = world_model.action_embedding(action)
         h = world_model(vector[:, None], caches, position)[:, 0]  # (B, D)
         reward = world_model.head_reward(h).float()  # (B, 3): logits of the signs; or (B, 1): mse
-        # The mean of the sign teaches the same as a sampled sign, with less noise.
+        # The mean of the sign gives the same gradient on average as a sampled one, with less noise.
         if agent.draw_rewards and reward.shape[1] == 3:
             reward = sample(reward) - 1.0  # (B,)
         else:
@@ -879,7 +883,8 @@ def accelerate(function, args):
     # A dream is tens of thousands of tiny kernels, each quicker to run than to launch. A CUDA graph
     # records them once and replays them in one go; a call overwrites the outputs of the one before.
     def run(*inputs):
-        # Autocast inside: its casts of the weights must be recorded, since the weights will change.
+        # Autocast inside, so that a graph casts the weights anew: a cast made before it would be of
+        # weights that have changed since.
         with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, args.mixed_precision):
             return function(*inputs)
 
@@ -934,7 +939,7 @@ def collect(agent, act, game, replay, args):
     """Real steps, into the replay -> metrics."""
     temperature = torch.tensor(args.temperature, device=args.device)
     state = agent.actor_critic.initial_state(1)
-    if not game.opens:  # the policy has changed: it watches the running episode again
+    if not game.opens:  # the policy has changed: it watches the last frames of the episode again
         start = max(int(replay.starts[replay.episodes - 1]), replay.size - args.burn_in)
         for frame in replay.frames[start : replay.size]:
             _, state = act(frame[None], state, temperature)
@@ -968,7 +973,7 @@ def train_tokenizer(agent, optimizer, replay, args, perceptual):
 
 @torch.no_grad()
 def tokenize_replay(agent, replay, args):
-    """Caches what the next two phases read of the tokenizer, which is frozen meanwhile -> metrics."""
+    """Caches what the next two phases need of the tokenizer, which is frozen meanwhile -> metrics."""
     # Whole chunks, even the last: for each new shape cuDNN would search the fastest kernels again.
     for i in progress(math.ceil(replay.size / CHUNK), "tokens"):
         part = slice(i * CHUNK, (i + 1) * CHUNK)
@@ -1008,7 +1013,7 @@ def train_actor_critic(agent, optimizer, replay, args, dreamer):
         last = index[:, -args.context :]
         seen = replay.seen(agent.tokenizer, index)
         dreamt = dreamer(seen, valid, replay.tokens[last], replay.actions[last])
-        # The small preset makes several updates of a batch, since updates are what it is short of.
+        # The small preset makes several updates per batch, because it can afford few dreams.
         for part in torch.arange(args.actor_critic_batch).split(args.actor_critic_minibatch):
             minibatch = {name: x[part] for name, x in dreamt.items()}
             history.append(update("actor_critic", agent.actor_critic, optimizer, args, minibatch, args))
@@ -1111,7 +1116,7 @@ Seaquest 68.4 42054.7 661.32 | UpNDown 533.4 11693.2 3546.2
 
 def play_games(agent, act, args, games, max_steps=math.inf):
     """Plays whole games side by side -> returns (games,), and frames, actions, rewards of the first
-    game, 1000 steps at most. max_steps: stop when so many are recorded."""
+    game, 1000 steps at most. max_steps: stop when that many are recorded."""
     # All games start at once, and we wait for the longest: to take the first n that finish would
     # favour short games, usually lost ones.
     env = make_env(args.env, games, training=False)
@@ -1303,11 +1308,9 @@ def write_pictures(agent, args, recording, folder):
         """-> frames (B, T, 3, 64, 64) of the segments that begin at the frames `firsts`."""
         index = torch.tensor(firsts, device=frames.device)[:, None] + torch.arange(T, device=frames.device)
         past = index[:, :known]
-        # The policy's burn-in is one frame longer, since it may not be empty: padding, not valid.
-        seen = torch.cat([past[:, :1], past], dim=1)
-        valid = torch.arange(known + 1, device=frames.device).expand_as(seen) > 0
+        valid = torch.ones_like(past)
         given = actions[index[:, known - 1 : -1]] if as_played else None
-        dreamt = imagine(agent, T - known, decoded[seen], valid, tokens[past], actions[past], given)
+        dreamt = imagine(agent, T - known, decoded[past], valid, tokens[past], actions[past], given)
         return torch.cat([decoded[past[:, :-1]], dreamt["frames"]], dim=1)
 
     # The picture: around the first reward, which tells most about a world model, or in the middle
@@ -1358,8 +1361,8 @@ def play(agent, args, recording):
             score, end = 0.0, False
         elif not end:
             actions[0, -1] = moves.get(key, 0)
-            seen = agent.tokenizer.decode(tokens[0, [-1, -1]])[None]  # twice: one is the burn-in
-            dreamt = imagine(agent, 1, seen, torch.ones(1, 2).to(seen), tokens, actions, actions[:, -1:])
+            seen = agent.tokenizer.decode(tokens[:, -1])[None]  # (1, 1, 3, 64, 64)
+            dreamt = imagine(agent, 1, seen, torch.ones_like(actions), tokens, actions, actions[:, -1:])
             score += float(dreamt["rewards"])
             end = bool(dreamt["ends"])
             # One place of T is for the next frame: the oldest has to go.
@@ -1400,7 +1403,7 @@ def look_into(args):
 
 
 def main(argv=None):
-    """Command line -> exit code: 0 done, 1 training diverged, 2 bad input, 130 stopped."""
+    """Command line -> exit code: 0 done, 1 training diverged, 2 bad input or machine, 130 stopped."""
     # The one place where errors become one-line messages. Mistakes in the program stay tracebacks.
     folder = None
     try:
