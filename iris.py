@@ -95,7 +95,7 @@ def make_parser(preset):
     add_argument("--seed", 1, "of networks, sampling and games")
     add_argument("--device", device, "where to compute", choices=sorted({"cpu", device}))
     add_argument("--mixed-precision", True, "bfloat16: fast on GPUs from Ampere on", small=False)
-    add_argument("--torch-deterministic", False, "where torch can, reproducible on a GPU too; slower")
+    add_argument("--torch-deterministic", False, "reproducible on a GPU where torch can; slower")
     add_argument("--tensorboard", False, "write events for TensorBoard as well")
     # The schedule: an epoch collects real steps, then trains each network for some updates. A
     # network that starts too early learns from another that knows nothing yet.
@@ -139,7 +139,7 @@ def make_parser(preset):
     add_argument("--burn-in", 20, "real frames that fill the policy's memory", small=4)
     add_argument("--context", 1, "real frames that the world model sees before a dream", small=3)
     add_argument("--horizon", 20, "H: frames of a dream", small=10)
-    add_argument("--draw-rewards", True, "dreams pay a sampled sign of the reward, not its mean", small=False)
+    add_argument("--draw-rewards", True, "dreams pay a reward's sampled sign, not its mean", small=False)
     add_argument("--gamma", 0.995, "discount: how far the policy looks ahead", small=0.97)
     add_argument("--td-lambda", 0.95, "lambda of the returns; 0: one step, 1: the whole dream")
     add_argument("--norm-advantage", False, "scale advantages to one size in all games", small=True)
@@ -149,10 +149,10 @@ def make_parser(preset):
 
 def parse_args(argv=None):
     """Command line -> namespace of flags. Bad ones raise InputError, or argparse's SystemExit."""
-    # The first pass only tells which defaults the second one needs: those of a preset, or of a run.
+    # The first pass only finds out which defaults the second needs: those of a preset, or of a run.
     args = make_parser("paper").parse_args(argv)
     run = args.resume or args.eval or args.dream or args.play
-    if run and run.name == "checkpoint.pt":  # as good as its folder
+    if run and run.name == "checkpoint.pt":  # treated like its folder
         run = run.parent
     saved = read_checkpoint(run).get("args", {}) if run else {}
     if args.resume and not saved:
@@ -197,7 +197,7 @@ def parse_args(argv=None):
 def make_env(env_id, num_envs=1, training=True):
     """-> a gymnasium VectorEnv of RGB frames (num_envs, 1, h, w, 3) uint8."""
     # An action is held for 4 raw frames; the agent sees the maximum of the last two, because Atari
-    # draws some things in every other frame only. In training, games begin with up to 30 no-ops, and
+    # draws some things in every other frame only. In training, games begin with 0 to 29 no-ops, and
     # a lost life ends the episode, but not the game. To use a game of another kind, replace this
     # function; Game reads info["episode_frame_number"].
     try:
@@ -248,10 +248,10 @@ class Game:
         self.opens = end or bool(truncated[0])
         over = False
         while terminated[0] or truncated[0]:
-            # Only the step after an end shows the next episode's first frame. If the game is over,
-            # that step ignores its action and begins a new game: the frame counter goes backwards.
-            # If only a life was lost, it is an ordinary no-op, whose reward is credited to the
-            # action before. It may lose another life, hence the loop.
+            # The next episode's first frame comes with the step after the end. It is a no-op:
+            # - only a life was lost: the game goes on. What the no-op pays is credited to the action
+            #   before. It may lose another life, hence the loop.
+            # - the game is over: a new one begins, so that the frame counter goes backwards.
             played = info["episode_frame_number"][0]
             frames, rewards, terminated, truncated, info = self.env.step(np.array([0]))
             reward += float(rewards[0])
@@ -274,8 +274,8 @@ class Replay:
     # Step i is a frame, the action taken in it, the reward that followed, and whether a life
     # or the game ended. `tokens` and `reconstructions` are what the tokenizer makes of the frames,
     # computed once an epoch, since it is frozen while the other two learn. The world model reads the
-    # tokens, and the policy sees the reconstructions, never the frames. Local tokens are decoded by
-    # copying pixels, so that their reconstructions need not be kept.
+    # tokens, and the policy sees the reconstructions, never the frames. Those of local tokens (part
+    # 4) need not be kept: they are decoded by copying pixels.
     def __init__(self, args):
         n = args.collect_epochs * args.collect_steps + CHUNK  # the last chunk is tokenized whole
         precision = torch.bfloat16 if args.mixed_precision else torch.float32
@@ -309,7 +309,8 @@ class Replay:
         # segment or as its last:
         #   "first", the world model:   s  s+1  s+2  -   -     padding if the episode ends too early
         #   "last", the policy:         -   -    0  ...  s     padding if it begins too late
-        # Padding repeats the episode's edge; `valid`, false there, keeps it out of every loss.
+        # Padding repeats the episode's edge. `valid` is false there, which keeps it out of the
+        # losses and of the policy's memory.
         bounds = F.pad(self.starts[: self.episodes], (0, 1), value=self.size)  # (episodes + 1,)
         episode = torch.randint(self.episodes, (batch,), device=bounds.device)  # (B,)
         start = bounds[episode]
@@ -336,12 +337,12 @@ def to_network(frames):
 
 # ---- 4. Tokenizer: a frame is K words (section 2.1, appendix A.1) --------------------------------
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm of 32 groups in the precision of its input; (N, C, h, w) -> the same."""
+    """GroupNorm in the precision of its input; (N, C, h, w) -> the same."""
 
     def forward(self, x):
         # Autocast would make it float32 on a GPU, and copies between the two precisions cost time.
         with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, 32, self.weight.to(x.dtype), self.bias.to(x.dtype), 1e-6)
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), 1e-6)
 
 
 class ResBlock(nn.Module):
@@ -384,7 +385,7 @@ def make_encoder(sizes, C, E):
     for i, size in enumerate(sizes):
         for j in range(2):
             layers[f"down_{i}_block_{j}"] = ResBlock(C)
-            if size in (8, 16):  # larger grids cost too much; mid_ has its own
+            if size in (8, 16):  # larger grids cost too much; mid_attn_1 has the smallest
                 layers[f"down_{i}_attn_{j}"] = SpatialAttention(C)
         if size > sizes[-1]:  # halve it; padded on the right and at the bottom only
             layers[f"down_{i}_pad"] = nn.ZeroPad2d((0, 1, 0, 1))
@@ -479,14 +480,14 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def revive_codes(self, x):
-        """For local tokens: codes that frames x (N, 3, 64, 64) do not use get a square that needs one."""
+        """For local tokens: codes that frames x (N, 3, 64, 64) do not use get another square."""
         latents = self.encoder(x).flatten(2).transpose(1, 2).flatten(0, 1)  # (N K, E)
         codes = self.codebook.weight
         distance, tokens = torch.cdist(latents, codes).square().min(dim=1)  # each (N K,)
         unused = (tokens.bincount(minlength=len(codes)) == 0).nonzero().flatten()
         # Most squares are background, which has its code. So an unused code gets the pixels of a
         # square picked with probability proportional to its squared distance from the nearest code,
-        # new ones included (k-means++): the ball in yet another place. Sixteen at a time, for speed.
+        # new ones included (k-means++): what is not drawn yet. Sixteen at a time, for speed.
         # A distance below 0.01 is rounding: that square has its code already. (1e-9: multinomial
         # wants as many positive weights as it picks.)
         for i in range(0, len(unused), 16):
@@ -526,7 +527,7 @@ def lpips(weights, x, y):
 def load_lpips(device):
     """-> lpips(x, y) with its published weights, from torch hub's cache or the net, else InputError."""
     socket.setdefaulttimeout(30)  # seconds: a network that never answers must not hang the run
-    # weights_only: no code that a file may hold is run.
+    # weights_only: code that a file may contain is never run.
     options = dict(map_location="cpu", weights_only=True, check_hash=True)
     try:
         vgg = torch.hub.load_state_dict_from_url(VGG_URL, **options)
@@ -564,8 +565,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x, cache=None, start=0):
-        """x: positions 0 .. S - 1 (start = 0), or the one position `start`, which sees the earlier ones
-        in the cache (2, B, nh, all positions, hs). Both write their keys and values into it."""
+        """x: positions 0 .. S - 1 (start = 0), or the one position `start`, which sees the earlier
+        ones in the cache (2, B, nh, all positions, hs). Both write their keys and values into it."""
         S = x.shape[1]
         qkv = self.qkv(self.ln1(x)).unflatten(2, (3, self.heads, -1))  # (B, S, 3, nh, hs)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, S, hs)
@@ -650,7 +651,8 @@ class WorldModel(nn.Module):
         K = self.tokens_per_frame
         h = self(self.embed(tokens, actions)).unflatten(1, (-1, K + 1))  # (B, T, K + 1, D)
         at_action = h[:, :, K]
-        # All positions but the last frame token's: prediction i is about token i + 1 (table above).
+        # All positions but the last frame token's (table above). Of those left, counted from 0, number
+        # i predicts frame token i + 1, actions not counted: 15 is a0's position, and token 16 is z10.
         predicting = torch.cat([h[:, :, : K - 1], h[:, :, K:]], dim=2)
         logits = self.head_token(predicting).flatten(1, 2)
         return logits.float(), self.head_reward(at_action).float(), self.head_end(at_action).float()
@@ -663,7 +665,7 @@ class WorldModel(nn.Module):
         return chances[..., 2] - chances[..., 0]
 
     def loss(self, tokens, actions, rewards, ends, valid):
-        """Segments (B, T, ...) -> loss, metrics; the sum of three losses, each a mean over what is valid."""
+        """Segments (B, T, ...) -> loss, metrics; the sum of three means over what is valid."""
         token_logits, reward_logits, end_logits = self.predict(tokens, actions)
         # The very first token is given; the last action predicts a frame that is not in the segment.
         # cross_entropy skips targets of -100.
@@ -708,8 +710,8 @@ class ActorCritic(nn.Module):
         self.critic = nn.Linear(args.lstm_size, 1)
         if args.preset == "small":
             # torch's own weights shrink the differences between frames to 1 to 3 %. With them the
-            # policy learned nothing from 41,000 real frames of KungFuMaster; with these it won up to
-            # three times as much as random play.
+            # policy learned nothing from 41,000 real frames of KungFuMaster; with these it scored
+            # up to three times as much as random play.
             for name, parameter in self.cnn.named_parameters():
                 if name.endswith("weight"):
                     nn.init.orthogonal_(parameter, math.sqrt(2))
@@ -734,7 +736,7 @@ class ActorCritic(nn.Module):
         features = self.cnn(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])  # (B, T, features)
         h, c = state.unbind(1)
         hidden = []
-        with torch.autocast(frames.device.type, enabled=False):  # memory needs more than bfloat16's 8 significant bits
+        with torch.autocast(frames.device.type, enabled=False):  # for memory, bfloat16's 8 bits are too few
             for t in range(frames.shape[1]):
                 h, c = self.lstm(features[:, t].float(), (h, c))
                 if valid is not None:
@@ -820,23 +822,23 @@ def sample(logits):
     return (cumulative[..., :-1] <= u[..., None]).sum(-1)  # how many classes u has passed
 
 
-@torch.no_grad()  # the policy must not reshape its own dream
-def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
-    """Dreams `steps` = H - 1 steps after real ones -> dict of frames (B, H, 3, 64, 64), tokens
+@torch.no_grad()  # no graph is kept: `loss` runs the policy again where it needs the gradient
+def imagine(agent, steps, past_frames, valid, past_tokens, past_actions, given=None):
+    """Dreams `steps` = H - 1 steps after a real past -> dict of frames (B, H, 3, 64, 64), tokens
     (B, H, K), both beginning with the last real frame; actions, rewards, ends (B, H - 1); state
-    (B, 2, L), the policy's memory just before it saw the first of `frames`."""
-    # The policy gets the past as decoded frames (B, burn-in + 1, 3, 64, 64), with valid (B, burn-in
-    # + 1) false on padding; the world model gets the last n of these steps (n = --context, in
-    # training) as past_tokens (B, n, K) and past_actions (B, n):
+    (B, 2, L), the policy's memory just before that last real frame."""
+    # The policy reads the past as decoded frames (B, burn-in + 1, 3, 64, 64); valid (B, burn-in + 1)
+    # is false on padding. The world model reads its last n steps (n = --context in training) as
+    # past_tokens (B, n, K) and past_actions (B, n).
     #                  earlier real frames         last real frame     H - 1 dreamt frames
     #    policy        fill its memory             acts on it          acts on all but the last
     #    world model   reads the last n - 1        reads it            generates them
     # The last of past_actions is ignored: the policy chooses a new one, or `given` (B, H - 1) does.
     world_model = agent.world_model
-    state = agent.actor_critic.initial_state(len(frames))
-    if frames.shape[1] > 1:
-        _, _, state = agent.actor_critic(frames[:, :-1], state, valid[:, :-1])
-    frame = frames[:, -1]
+    state = agent.actor_critic.initial_state(len(past_frames))
+    if past_frames.shape[1] > 1:
+        _, _, state = agent.actor_critic(past_frames[:, :-1], state, valid[:, :-1])
+    frame = past_frames[:, -1]
     lists = dict(frames=[frame], tokens=[past_tokens[:, -1]], actions=[], rewards=[], ends=[])
     state_before = state
     # Keys and values of the past are cached, so that a new position costs one position, not all.
@@ -844,8 +846,9 @@ def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
     vectors = world_model.token_vectors()  # (V, D)
     positions, D = world_model.pos_emb.weight.shape
     block = world_model.blocks[0]
-    shape = (len(world_model.blocks), 2, len(frames), block.heads, positions, D // block.heads)
-    caches = block.qkv(embedded[:, 0]).new_zeros(shape)  # computed for its dtype: bfloat16 or float32
+    shape = (len(world_model.blocks), 2, len(frame), block.heads, positions, D // block.heads)
+    dtype = block.qkv(embedded[:, 0]).dtype  # bfloat16 under autocast
+    caches = torch.zeros(shape, dtype=dtype, device=frame.device)
     world_model(embedded, caches)  # fills them; what it predicts is known already
     position = embedded.shape[1]
     for t in range(steps):
@@ -854,7 +857,7 @@ def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
         vector = world_model.action_embedding(action)
         h = world_model(vector[:, None], caches, position)[:, 0]  # (B, D)
         reward = world_model.head_reward(h).float()  # (B, 3): logits of the signs; or (B, 1): mse
-        # The mean of the sign gives the same gradient on average as a sampled one, with less noise.
+        # The authors sample the sign. Its mean gives the same gradient on average, with less noise.
         if agent.draw_rewards and reward.shape[1] == 3:
             reward = sample(reward) - 1.0  # (B,)
         else:
@@ -862,8 +865,8 @@ def imagine(agent, steps, frames, valid, past_tokens, past_actions, given=None):
         end = sample(world_model.head_end(h)).float()  # the loss leaves out what follows an end
         frame_tokens = []
         for k in range(world_model.tokens_per_frame):
-            # The action's position predicts the first token, each token the next one. What the
-            # last token says is not read: an action follows it.
+            # The action's position predicts the first token, each token the next one. The last
+            # token's prediction is not used: an action follows it.
             frame_tokens.append(sample(world_model.head_token(h)))
             vector = vectors[frame_tokens[k]]
             h = world_model(vector[:, None], caches, position + k + 1)[:, 0]
@@ -973,8 +976,8 @@ def train_tokenizer(agent, optimizer, replay, args, perceptual):
 
 @torch.no_grad()
 def tokenize_replay(agent, replay, args):
-    """Caches what the next two phases need of the tokenizer, which is frozen meanwhile -> metrics."""
-    # Whole chunks, even the last: for each new shape cuDNN would search the fastest kernels again.
+    """Caches what the next two phases need of the tokenizer, frozen meanwhile -> metrics."""
+    # Whole chunks, even the last: for each new shape cuDNN would look for the fastest kernels.
     for i in progress(math.ceil(replay.size / CHUNK), "tokens"):
         part = slice(i * CHUNK, (i + 1) * CHUNK)
         with torch.autocast(args.device, torch.bfloat16, args.mixed_precision):
@@ -1009,7 +1012,7 @@ def train_actor_critic(agent, optimizer, replay, args, dreamer):
     for _ in progress(args.actor_critic_updates, "actor-critic"):
         # Dreams begin all over the replay: the policy practises wherever it has ever been.
         index, valid = replay.sample(args.actor_critic_batch, args.burn_in + 1, "last")
-        # The world model's context. Where the episode is shorter, its first frame repeats.
+        # The world model's context. Where the episode is shorter, its first step repeats.
         last = index[:, -args.context :]
         seen = replay.seen(agent.tokenizer, index)
         dreamt = dreamer(seen, valid, replay.tokens[last], replay.actions[last])
@@ -1157,7 +1160,7 @@ def health(agent, recording, T):
     # The world model must beat "each token stays what it was a frame ago".
     tokens = tokens.unflatten(0, (count, T))
     logits, reward, _ = agent.world_model.predict(tokens, actions.unflatten(0, (count, T)))
-    # Prediction i is about token i + 1, so that K - 1 is the first about frame 1.
+    # Prediction i is about token i + 1 (see predict), so that K - 1 is the first about frame 1.
     expected = logits[:, tokens.shape[2] - 1 : -1].argmax(-1)
     metrics["token_accuracy"] = (expected == tokens[:, 1:].flatten(1)).float().mean()
     metrics["copy_accuracy"] = (tokens[:, :-1] == tokens[:, 1:]).float().mean()
@@ -1219,12 +1222,13 @@ def read_checkpoint(path):
 
 
 def save_run(folder, args, history, agent, optimizers, replay):
-    """Writes all that the next epoch needs, and for people to read, metrics.csv and config.json."""
+    """Writes all that the next epoch needs, and metrics.csv and config.json for people."""
     # Weights, Adam's averages, and the actions so far: frames, rewards and tokens follow from them.
     saved_args = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
     state = dict(args=saved_args, history=history, agent=agent.state_dict())
     state["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-    state["columns"] = dict(actions=replay.actions[: replay.size].clone())  # see Game
+    state["actions"] = replay.actions[: replay.size].clone()  # see Game
+    state["rewards"] = replay.rewards[: replay.size].clone()
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(folder / "checkpoint.pt", buffer.getbuffer())
@@ -1241,9 +1245,11 @@ def load_run(folder, agent, optimizers, game, replay):
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
     # Playing 100,000 steps again takes two minutes; their frames would be 1.2 GB on disk.
-    actions = state["columns"]["actions"].tolist()
+    actions = state["actions"].tolist()
     for i in progress(len(actions), "play again"):
         replay.record(game, actions[i])
+    if not torch.equal(replay.rewards[: replay.size].cpu(), state["rewards"]):
+        raise InputError(f"{folder}: its actions do not bring back its rewards: another ale-py?")
     return state["history"]
 
 
@@ -1314,7 +1320,7 @@ def write_pictures(agent, args, recording, folder):
         return torch.cat([decoded[past[:, :-1]], dreamt["frames"]], dim=1)
 
     # The picture: around the first reward, which tells most about a world model, or in the middle
-    # of the game. Its captions name the rows.
+    # of the game. Captions say what came and what was expected.
     scored = rewards.nonzero().flatten().tolist() + [len(frames) // 2]
     first = max(0, min(scored[0] - known, len(frames) - T))
     part = slice(first, first + T)
@@ -1347,8 +1353,8 @@ def write_pictures(agent, args, recording, folder):
 @torch.no_grad()
 def play(agent, args, recording):
     """The world model as a game, in a window; you are the policy."""
-    # Fifteen times a second the world model dreams a step, from as many of the last frames as fit. It
-    # invents whatever has left its context.
+    # The world model dreams a step at a time, from as many of the last frames as fit. It invents
+    # whatever has left its context.
     keys = gym.make(args.env).unwrapped.get_keys_to_action()  # such as ("w", " "): up and fire
     moves = {pressed[0]: action for pressed, action in keys.items() if len(pressed) == 1}
     print("keys: w a s d, space to fire, r: another start, q: quit", flush=True)
@@ -1362,7 +1368,8 @@ def play(agent, args, recording):
         elif not end:
             actions[0, -1] = moves.get(key, 0)
             seen = agent.tokenizer.decode(tokens[:, -1])[None]  # (1, 1, 3, 64, 64)
-            dreamt = imagine(agent, 1, seen, torch.ones_like(actions), tokens, actions, actions[:, -1:])
+            valid = torch.ones_like(actions)
+            dreamt = imagine(agent, 1, seen, valid, tokens, actions, actions[:, -1:])
             score += float(dreamt["rewards"])
             end = bool(dreamt["ends"])
             # One place of T is for the next frame: the oldest has to go.
@@ -1371,7 +1378,7 @@ def play(agent, args, recording):
             actions = F.pad(actions, (0, 1))[:, -kept:]
         cv2.imshow("iris", draw(agent.tokenizer.decode(tokens[:, -1])[None]))
         cv2.setWindowTitle("iris", f"rewards {score:+g}" + (", the end: press r" if end else ""))
-        key = chr(cv2.waitKey(66) & 255)  # 15 frames a second, less the time of a dream
+        key = chr(cv2.waitKey(66) & 255)  # at most 15 frames a second
 
 
 # ---- 12. Command line ----------------------------------------------------------------------------
@@ -1403,7 +1410,7 @@ def look_into(args):
 
 
 def main(argv=None):
-    """Command line -> exit code: 0 done, 1 training diverged, 2 bad input or machine, 130 stopped."""
+    """Command line -> exit code: 0 done, 1 diverged, 2 bad input or machine, 130 stopped."""
     # The one place where errors become one-line messages. Mistakes in the program stay tracebacks.
     folder = None
     try:
@@ -1425,7 +1432,7 @@ def main(argv=None):
     except FloatingPointError as error:
         code, message = 1, str(error)
     except (InputError, ImportError, OSError, MemoryError, RuntimeError, cv2.error) as error:
-        # Of RuntimeErrors, only a GPU's and an allocator's are the machine's fault.
+        # Only RuntimeErrors of a GPU or of an allocator are the machine's fault.
         machine = isinstance(error, torch.AcceleratorError) or "alloc" in str(error)
         if isinstance(error, RuntimeError) and not machine:
             raise
