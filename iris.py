@@ -380,7 +380,7 @@ class SpatialAttention(nn.Module):
 
 
 def make_encoder(sizes, C, E):
-    """Table 2: frames (N, 3, 64, 64) -> latents (N, E, g, g), through the resolutions 64 .. g."""
+    """Table 2: frames (N, 3, 64, 64) -> latents (N, E, K), through the resolutions 64 .. g."""
     layers = OrderedDict(conv_in=nn.Conv2d(3, C, 3, padding=1))
     for i, size in enumerate(sizes):
         for j in range(2):
@@ -394,12 +394,14 @@ def make_encoder(sizes, C, E):
     layers.update(norm_out=GroupNorm(32, C), silu=nn.SiLU())
     layers["conv_out"] = nn.Conv2d(C, E, 3, padding=1)
     layers["pre_quant_conv"] = nn.Conv2d(E, E, 1)
+    layers["flatten"] = nn.Flatten(2)  # (N, E, g, g) -> (N, E, K), row by row
     return nn.Sequential(layers)
 
 
 def make_decoder(sizes, C, E):
-    """Latents (N, E, g, g) -> frames (N, 3, 64, 64): the encoder backwards, one more block per size."""
-    layers = OrderedDict(post_quant_conv=nn.Conv2d(E, E, 1), conv_in=nn.Conv2d(E, C, 3, padding=1))
+    """Latents (N, E, K) -> frames (N, 3, 64, 64): the encoder backwards, one more block per size."""
+    layers = OrderedDict(unflatten=nn.Unflatten(2, (sizes[-1], sizes[-1])))  # (N, E, g, g)
+    layers.update(post_quant_conv=nn.Conv2d(E, E, 1), conv_in=nn.Conv2d(E, C, 3, padding=1))
     layers.update(mid_block_1=ResBlock(C), mid_attn_1=SpatialAttention(C), mid_block_2=ResBlock(C))
     for i, size in reversed(list(enumerate(sizes))):
         for j in range(3):
@@ -415,41 +417,40 @@ def make_decoder(sizes, C, E):
 
 
 class Tokenizer(nn.Module):
-    """Discrete autoencoder: frames (N, 3, 64, 64) in [-1, 1] <-> tokens (N, K), row by row."""
+    """Discrete autoencoder: frames (N, 3, 64, 64) in [-1, 1] <-> tokens (N, K)."""
 
     def __init__(self, args):
         super().__init__()
-        self.grid = math.isqrt(args.tokens_per_frame)
+        grid = math.isqrt(args.tokens_per_frame)
         self.reconstruction_loss = F.l1_loss if args.reconstruction_loss == "l1" else F.mse_loss
         if args.local_tokens:
             # The small preset's. If every token describes the whole screen, the codes are used up
             # by combinations of paddles and scores, and the ball is the first thing to go. Here a
             # token sees and draws one square: a latent is its pixels, a code is a little picture.
             # Encoder and decoder have no parameters: only the codes are learned.
-            side = 64 // self.grid
+            side = 64 // grid
             E = 3 * side * side
-            self.encoder = nn.PixelUnshuffle(side)  # (N, 3, 64, 64) -> (N, E, g, g)
-            self.decoder = nn.PixelShuffle(side)  # and back
+            self.encoder = nn.Unfold(side, stride=side)  # (N, 3, 64, 64) -> (N, E, K)
+            self.decoder = nn.Fold(64, side, stride=side)  # and back
         else:  # the paper's: a VQGAN without its GAN, where every token sees the whole frame
             E = 512
-            sizes = [size for size in (64, 32, 16, 8, 4) if size >= self.grid]
+            sizes = [size for size in (64, 32, 16, 8, 4) if size >= grid]
             self.encoder = make_encoder(sizes, 64, E)
             self.decoder = make_decoder(sizes, 64, E)
         self.codebook = nn.Embedding(args.vocab_size, E)
         nn.init.uniform_(self.codebook.weight, -1 / args.vocab_size, 1 / args.vocab_size)
 
     def quantize(self, z):
-        """Latents (N, E, g, g) -> tokens (N, K): each place's nearest code, by squared distance."""
+        """Latents (N, E, K) -> tokens (N, K): each place's nearest code, by squared distance."""
         with torch.autocast(z.device.type, enabled=False):  # bfloat16 would confuse close codes
-            z = z.float().flatten(2).transpose(1, 2)  # (N, K, E)
+            z = z.float().transpose(1, 2)  # (N, K, E)
             codes = self.codebook.weight  # (V, E)
             # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e
             return (codes.square().sum(1) - 2 * (z @ codes.T)).argmin(-1)
 
     def embed(self, tokens):
-        """Tokens (N, K) -> their codes z_q (N, E, g, g)."""
-        z_q = self.codebook(tokens).transpose(1, 2).contiguous()  # (N, E, K)
-        return z_q.unflatten(2, (self.grid, self.grid))
+        """Tokens (N, K) -> their codes z_q (N, E, K)."""
+        return self.codebook(tokens).transpose(1, 2).contiguous()
 
     def encode(self, x):
         """Frames (N, 3, 64, 64) in [-1, 1] -> tokens (N, K)."""
@@ -464,7 +465,7 @@ class Tokenizer(nn.Module):
         """Equation 1 on frames x (N, 3, 64, 64) in [-1, 1] -> loss, metrics; with LPIPS if given."""
         # |x - D(z_q)| + |sg(z) - z_q|^2 + |z - sg(z_q)|^2 + LPIPS(x, D(z_q)), each a mean; sg stops
         # the gradient.
-        z = self.encoder(x)  # (N, E, g, g)
+        z = self.encoder(x)  # (N, E, K)
         z_q = self.embed(self.quantize(z))
         # argmin has no gradient, and without one the paper's encoder would learn nothing about the
         # picture. Straight through: the value is z_q, the gradient passes to z as if nothing were
@@ -481,7 +482,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def revive_codes(self, x):
         """For local tokens: codes that frames x (N, 3, 64, 64) do not use get another square."""
-        latents = self.encoder(x).flatten(2).transpose(1, 2).flatten(0, 1)  # (N K, E)
+        latents = self.encoder(x).transpose(1, 2).flatten(0, 1)  # (N K, E)
         codes = self.codebook.weight
         distance, tokens = torch.cdist(latents, codes).square().min(dim=1)  # each (N K,)
         unused = (tokens.bincount(minlength=len(codes)) == 0).nonzero().flatten()
