@@ -224,8 +224,8 @@ class Game:
     """Real games, one after another, across epochs and across restarts of the program."""
 
     # Game number n is seeded with seed + n, and the emulator has no other randomness. So the actions
-    # alone determine everything that was seen: of the replay, a checkpoint holds just them, and
-    # playing them again brings back every frame and every reward.
+    # alone determine everything that was seen: of the replay, a checkpoint holds just them (and the
+    # rewards, to compare), and playing them again brings back every frame.
     def __init__(self, env_id, seed):
         self.env = make_env(env_id)
         self.seed = seed
