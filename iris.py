@@ -56,7 +56,7 @@ import torch.nn.functional as F
 # The paper preset follows the authors' code where the paper's text differs. The small preset is the
 # same idea for a machine without a GPU: smaller networks, tokens that are local (part 4), a shorter
 # schedule, other initial weights, and a policy that sees what moves (part 6). On a CPU dreams are
-# slow and real steps are not: the small preset collects 4000 of them in half a minute, and makes
+# slow and real steps are not: the small preset collects 4000 of them in seconds, and makes
 # four updates per batch of dreams, each on a quarter of it.
 
 # What --resume may change.
@@ -1224,7 +1224,8 @@ def read_checkpoint(path):
 
 def save_run(folder, args, history, agent, optimizers, replay):
     """Writes all that the next epoch needs, and metrics.csv and config.json for people."""
-    # Weights, Adam's averages, and the actions so far: frames, rewards and tokens follow from them.
+    # Weights, Adam's averages, and the actions so far: frames and tokens follow from them. The
+    # rewards follow, too; load_run compares them.
     saved_args = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
     state = dict(args=saved_args, history=history, agent=agent.state_dict())
     state["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
