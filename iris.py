@@ -26,6 +26,7 @@ Sections, equations and appendices cited below are that paper's; parts are this 
 # vocabulary, E size of a code, g = sqrt(K) side of the token grid, C channels, A actions, L size of
 # the LSTM, H frames of a dream (the first is real, so H - 1 steps).
 import argparse
+import copy
 import io
 import json
 import math
@@ -114,6 +115,7 @@ def make_parser(preset):
     add_argument("--actor-critic-minibatch", 64, "dreams per update", small=16)
     add_argument("--tokenizer-lr", 1e-4, "learning rate of Adam")
     add_argument("--world-model-lr", 1e-4, "learning rate of AdamW", small=1e-3)
+    add_argument("--world-model-mean", 1.0, "share of the newest weights in those that dream", small=0.005)
     add_argument("--actor-critic-lr", 1e-4, "learning rate of Adam", small=1e-3)
     # Real play: how it explores, and how it is judged.
     add_argument("--epsilon", 0.01, "share of random actions while collecting")
@@ -125,7 +127,7 @@ def make_parser(preset):
     # The networks.
     add_argument("--local-tokens", False, "each token sees and draws only its own square", small=True)
     add_argument("--tokens-per-frame", 16, "K; 64: finer, slower (appendix E)", choices=(16, 64))
-    add_argument("--vocab-size", 512, "V: codes in the codebook")
+    add_argument("--vocab-size", 512, "V: codes in the codebook", small=768)
     add_argument("--perceptual-loss", True, "LPIPS; downloads a VGG16", small=False)
     add_argument("--reconstruction-loss", "l1", "the paper's text says l2", choices=("l1", "l2"))
     add_argument("--sequence-length", 20, "T: steps that the transformer sees", small=12)
@@ -803,6 +805,8 @@ class Agent(nn.Module):
         super().__init__()
         self.tokenizer = Tokenizer(args)
         self.world_model = WorldModel(args, num_actions)
+        # What the optimizer changes. `world_model`, which dreams, is a running mean of its weights.
+        self.learner = copy.deepcopy(self.world_model)
         self.actor_critic = ActorCritic(args, num_actions)
         self.draw_rewards = args.draw_rewards
 
@@ -987,20 +991,24 @@ def tokenize_replay(agent, replay, args):
                 replay.reconstructions[part] = agent.tokenizer.decode(replay.tokens[part])
     if args.local_tokens:
         agent.world_model.take_codes(agent.tokenizer.codebook.weight)
+        agent.learner.take_codes(agent.tokenizer.codebook.weight)
     return dict(codes_in_use=len(replay.tokens[: replay.size].unique()))
 
 
 def train_world_model(agent, optimizer, replay, args):
     """An epoch's updates on segments of T real steps -> metrics."""
-    # Dropout is on only here: dreams and evaluations want its predictions without noise.
-    agent.world_model.train()
+    agent.learner.train()  # dropout is on; `world_model` stays without it
     history = []
     for _ in progress(args.world_model_updates, "world model"):
         # Segments begin anywhere, so that every position sees every kind of frame.
         index, valid = replay.sample(args.world_model_batch, args.sequence_length)
         segments = [x[index] for x in (replay.tokens, replay.actions, replay.rewards, replay.ends)]
-        history.append(update("world_model", agent.world_model, optimizer, args, *segments, valid))
-    agent.world_model.eval()
+        history.append(update("world_model", agent.learner, optimizer, args, *segments, valid))
+        # A high learning rate makes the weights tremble, and dreams with them. In the mean of many
+        # updates that is gone. The paper's rate is low, and its mean is the newest weights alone.
+        with torch.no_grad():
+            for mean, weight in zip(agent.world_model.parameters(), agent.learner.parameters()):
+                mean.lerp_(weight, args.world_model_mean)
     return means(history)
 
 
@@ -1028,7 +1036,7 @@ def make_optimizers(agent, args):
     """-> dict of optimizers: AdamW for the transformer, Adam for the others; appendix A."""
     # Weight decay applies to the transformer's matrices only. Embeddings, gains and biases must keep
     # their size: a rare word would otherwise fade between two uses.
-    parameters = dict(agent.world_model.named_parameters())
+    parameters = dict(agent.learner.named_parameters())
     decayed = [p for name, p in parameters.items() if p.dim() == 2 and "emb" not in name]
     others = [p for name, p in parameters.items() if p.dim() == 1 or "emb" in name]
     groups = [dict(params=decayed, weight_decay=0.01), dict(params=others, weight_decay=0.0)]
@@ -1256,6 +1264,7 @@ def load_run(folder, agent, optimizers, game, replay):
 
 
 OFFICIAL_NAMES = (  # (pattern in our tensors' names, the authors' names), applied one after another
+    (r"^learner", "world_model"),
     (r"coder\.(down|up)_(\d)_(block|attn)_(\d)", r"coder.\1.\2.\3.\4"),
     (r"coder\.(down|up)_(\d)_(downsample|upsample)", r"coder.\1.\2.\3.conv"),
     (r"coder\.mid_", r"coder.mid."),

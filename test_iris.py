@@ -307,6 +307,19 @@ def test_pixels_of_local_tokens():
     close(embedded[:, :, :-1], expected)
 
 
+def test_running_mean_of_the_world_model():
+    """What dreams is the mean of the learner's weights after each update, the newer the heavier."""
+    args = tiny_args("--world-model-mean", "0.25", "--world-model-updates", "3")
+    agent = bold_agent(args)
+    mean, weight = agent.world_model.pos_emb.weight, agent.learner.pos_emb.weight
+    before, expected = weight.data.clone(), mean.data.clone()
+    optimizer = iris.make_optimizers(agent, args)["world_model"]
+    optimizer.register_step_post_hook(lambda *_: expected.lerp_(weight.data, 0.25))
+    iris.train_world_model(agent, optimizer, filled_replay(), args)
+    assert (before - weight.data).abs().max() > 1e-4
+    close(mean, expected)
+
+
 # ---- Dreams --------------------------------------------------------------------------------------
 def naive_sample(logits):
     """One random number a row, looked up among the sums of the probabilities."""
@@ -1289,7 +1302,7 @@ def paper(golden):
     args = iris.parse_args("--preset paper --device cpu --no-mixed-precision".split())
     agent = iris.Agent(args, 6).eval()
     counts = [sum(p.numel() for p in network.parameters()) for network in agent.children()]
-    assert counts == [4_027_523, 8_448_005, 3_218_983]
+    assert counts == [4_027_523, 8_448_005, 8_448_005, 3_218_983]
     iris.load_weights(agent, golden["weights"], "Pong.pt")
     return agent
 
@@ -1444,10 +1457,10 @@ def ball(run):
     dreamt = iris.imagine(agent, 5, seen, torch.ones_like(past[..., 0]), past, played[:, :5], played[:, 4:9])
     _, guess = find_ball(to_pixels(dreamt["frames"][:, 5]))
     before, now, later = place[window[:, [3, 4, 9]]].unbind(1)
-    print(f"the ball five steps after {len(past)} frames, mean error in pixels:")
-    print(f"  dreamt {(guess - later).norm(dim=1).nanmean():.1f}")
-    print(f"  dreamt, in rows and in columns {(guess - later).abs().nanmean(dim=0)}")
-    print(f"  flying straight on {(6 * now - 5 * before - later).norm(dim=1).mean():.1f}")
+    print(f"the ball five steps after {len(past)} frames, mean error in pixels, in rows and in columns:")
+    for name, there in {"dreamt": guess, "flying straight on": 6 * now - 5 * before}.items():
+        rows, columns = (there - later).abs().nanmean(dim=0)
+        print(f"  {name} {rows:.1f}, {columns:.1f}")
 
 
 def baselines(name):
@@ -1491,10 +1504,10 @@ def kills(count):
 def plain_updates(agent, optimizers, replay, args):
     """Updates as one writes them first: float32, all encoded again, dreams without a cache."""
 
-    def update(name, loss):
+    def update(name, network, loss):
         optimizers[name].zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(getattr(agent, name).parameters(), 10.0)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 10.0)
         optimizers[name].step()
 
     @torch.no_grad()
@@ -1504,12 +1517,13 @@ def plain_updates(agent, optimizers, replay, args):
 
     def tokenizer():
         index, _ = replay.sample(args.tokenizer_batch, 1)
-        update("tokenizer", agent.tokenizer.loss(iris.to_network(replay.frames[index[:, 0]]))[0])
+        network = agent.tokenizer
+        update("tokenizer", network, network.loss(iris.to_network(replay.frames[index[:, 0]]))[0])
 
     def world_model():
         index, valid = replay.sample(args.world_model_batch, args.sequence_length)
         columns = [x[index] for x in (replay.actions, replay.rewards, replay.ends)]
-        update("world_model", agent.world_model.loss(encode(index), *columns, valid)[0])
+        update("world_model", agent.learner, agent.learner.loss(encode(index), *columns, valid)[0])
 
     def actor_critic():
         index, valid = replay.sample(args.actor_critic_batch, args.burn_in + 1, "last")
@@ -1524,7 +1538,7 @@ def plain_updates(agent, optimizers, replay, args):
         dreamt["state"] = state
         for part in torch.arange(len(index)).split(args.actor_critic_minibatch):
             some = {name: x[part] for name, x in dreamt.items()}
-            update("actor_critic", policy.loss(some, args)[0])
+            update("actor_critic", policy, policy.loss(some, args)[0])
 
     return dict(tokenizer=tokenizer, world_model=world_model, actor_critic=actor_critic)
 
