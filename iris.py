@@ -115,7 +115,7 @@ def make_parser(preset):
     add_argument("--actor-critic-minibatch", 64, "dreams per update", small=16)
     add_argument("--tokenizer-lr", 1e-4, "learning rate of Adam")
     add_argument("--world-model-lr", 1e-4, "learning rate of AdamW", small=1e-3)
-    add_argument("--world-model-mean", 1.0, "share of the newest weights in those that dream", small=0.005)
+    add_argument("--ema-decay", 0.0, "of the mean of the world model's weights (0: the newest)", small=0.995)
     add_argument("--actor-critic-lr", 1e-4, "learning rate of Adam", small=1e-3)
     # Real play: how it explores, and how it is judged.
     add_argument("--epsilon", 0.01, "share of random actions while collecting")
@@ -805,7 +805,7 @@ class Agent(nn.Module):
         super().__init__()
         self.tokenizer = Tokenizer(args)
         self.world_model = WorldModel(args, num_actions)
-        # What the optimizer changes. `world_model`, which dreams, is a running mean of its weights.
+        # The optimizer changes the learner. The world model, which dreams, is its moving average.
         self.learner = copy.deepcopy(self.world_model)
         self.actor_critic = ActorCritic(args, num_actions)
         self.draw_rewards = args.draw_rewards
@@ -1004,11 +1004,11 @@ def train_world_model(agent, optimizer, replay, args):
         index, valid = replay.sample(args.world_model_batch, args.sequence_length)
         segments = [x[index] for x in (replay.tokens, replay.actions, replay.rewards, replay.ends)]
         history.append(update("world_model", agent.learner, optimizer, args, *segments, valid))
-        # A high learning rate makes the weights tremble, and dreams with them. In the mean of many
-        # updates that is gone. The paper's rate is low, and its mean is the newest weights alone.
+        # With the small preset's learning rate the weights never come to rest. Their exponential
+        # moving average does. The paper has none: with a decay of 0 the two are the same.
         with torch.no_grad():
             for mean, weight in zip(agent.world_model.parameters(), agent.learner.parameters()):
-                mean.lerp_(weight, args.world_model_mean)
+                mean.lerp_(weight, 1 - args.ema_decay)
     return means(history)
 
 

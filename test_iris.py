@@ -307,9 +307,9 @@ def test_pixels_of_local_tokens():
     close(embedded[:, :, :-1], expected)
 
 
-def test_running_mean_of_the_world_model():
-    """What dreams is the mean of the learner's weights after each update, the newer the heavier."""
-    args = tiny_args("--world-model-mean", "0.25", "--world-model-updates", "3")
+def test_moving_average_of_the_world_model():
+    """The world model that dreams is the exponential moving average of the learner's weights."""
+    args = tiny_args("--ema-decay", "0.75", "--world-model-updates", "3")
     agent = bold_agent(args)
     mean, weight = agent.world_model.pos_emb.weight, agent.learner.pos_emb.weight
     before, expected = weight.data.clone(), mean.data.clone()
