@@ -115,7 +115,7 @@ def make_parser(preset):
     add_argument("--actor-critic-minibatch", 64, "dreams per update", small=16)
     add_argument("--tokenizer-lr", 1e-4, "learning rate of Adam")
     add_argument("--world-model-lr", 1e-4, "learning rate of AdamW", small=1e-3)
-    add_argument("--ema-decay", 0.0, "of the mean of the world model's weights (0: the newest)", small=0.995)
+    add_argument("--ema-decay", 0.0, "of the moving average of the world model's weights", small=0.995)
     add_argument("--actor-critic-lr", 1e-4, "learning rate of Adam", small=1e-3)
     # Real play: how it explores, and how it is judged.
     add_argument("--epsilon", 0.01, "share of random actions while collecting")
@@ -139,7 +139,7 @@ def make_parser(preset):
     add_argument("--lstm-size", 512, "L: size of the policy's memory", small=256)
     # Dreams, and what the policy makes of them.
     add_argument("--burn-in", 20, "real frames that fill the policy's memory", small=4)
-    add_argument("--context", 1, "real frames that the world model sees before a dream", small=3)
+    add_argument("--context", 1, "real frames the world model sees, the dream's first too", small=3)
     add_argument("--horizon", 20, "H: frames of a dream", small=10)
     add_argument("--draw-rewards", True, "dreams pay a reward's sampled sign, not its mean", small=False)
     add_argument("--gamma", 0.995, "discount: how far the policy looks ahead", small=0.97)
@@ -207,7 +207,7 @@ def make_env(env_id, num_envs=1, training=True):
         seen = dict(img_height=height, img_width=width, grayscale=False, stack_num=1, frameskip=4)
         rules = dict(repeat_action_probability=0.0, reward_clipping=False, use_fire_reset=False)
         rules["life_loss_info"] = training
-        rules["noop_max"] = 30 if training else 1  # it draws a number below this: 1 is none
+        rules["noop_max"] = 30 if training else 1  # no-ops are drawn below this: 1 gives none
         rules["max_num_frames_per_episode"] = 20_000 if training else 108_000  # raw frames
         return gym.make_vec(env_id, num_envs=num_envs, **seen, **rules)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
@@ -226,7 +226,7 @@ class Game:
     """Real games, one after another, across epochs and across restarts of the program."""
 
     # Game number n is seeded with seed + n, and the emulator has no other randomness. So the actions
-    # alone determine everything that was seen: of the replay, a checkpoint holds just them (and the
+    # alone determine everything that was seen: of a replay, a checkpoint holds only these (and the
     # rewards, to compare), and playing them again brings back every frame.
     def __init__(self, env_id, seed):
         self.env = make_env(env_id)
@@ -253,7 +253,7 @@ class Game:
             # The next episode's first frame comes with the step after the end. It is a no-op:
             # - only a life was lost: the game goes on. What the no-op pays is credited to the action
             #   before. It may lose another life, hence the loop.
-            # - the game is over: a new one begins, so that the frame counter goes backwards.
+            # - the game is over: a new one begins, seen by the frame counter going back.
             played = info["episode_frame_number"][0]
             frames, rewards, terminated, truncated, info = self.env.step(np.array([0]))
             reward += float(rewards[0])
@@ -305,7 +305,7 @@ class Replay:
         return score
 
     def sample(self, batch, steps, drawn="first"):
-        """Segments of T = `steps` steps -> index (B, T) into the columns, valid (B, T)."""
+        """Segments of T = `steps` steps -> index (B, T) into the arrays above, valid (B, T)."""
         # Episodes are drawn uniformly, not steps, so that ends come up more often; the running
         # episode is one of them. Then one of its steps s = 0, 1, ... is drawn, as the first of the
         # segment or as its last:
@@ -387,7 +387,7 @@ def make_encoder(sizes, C, E):
     for i, size in enumerate(sizes):
         for j in range(2):
             layers[f"down_{i}_block_{j}"] = ResBlock(C)
-            if size in (8, 16):  # larger grids cost too much; mid_attn_1 has the smallest
+            if size in (8, 16):  # larger grids cost too much; mid_attn_1 comes after all sizes
                 layers[f"down_{i}_attn_{j}"] = SpatialAttention(C)
         if size > sizes[-1]:  # halve it; padded on the right and at the bottom only
             layers[f"down_{i}_pad"] = nn.ZeroPad2d((0, 1, 0, 1))
@@ -569,7 +569,7 @@ class Block(nn.Module):
 
     def forward(self, x, cache=None, start=0):
         """x: positions 0 .. S - 1 (start = 0), or the one position `start`, which sees the earlier
-        ones in the cache (2, B, nh, all positions, hs). Both write their keys and values into it."""
+        ones in the cache (2, B, nh, all positions, hs). Either way keys and values go into the cache."""
         S = x.shape[1]
         qkv = self.qkv(self.ln1(x)).unflatten(2, (3, self.heads, -1))  # (B, S, 3, nh, hs)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, S, hs)
@@ -609,8 +609,8 @@ class WorldModel(nn.Module):
         rewards = 3 if args.reward_loss == "cross-entropy" else 1  # classes: the signs -1, 0, 1
         heads = [nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, n)) for n in (V, rewards, 2)]
         self.head_token, self.head_reward, self.head_end = heads
-        # GPT's 0.02 leaves a narrow network nearly silent at first. The small preset has no time for
-        # that: with 0.08, and the positions below, it learns several times as fast.
+        # GPT's deviation of 0.02 makes a narrow network's first outputs tiny. The small preset has no
+        # time for that: with 0.08, and the positions below, it learns several times as fast.
         std = 0.08 if args.preset == "small" else 0.02
         for name, parameter in self.named_parameters():
             if "ln" not in name:  # LayerNorms begin as the identity
@@ -654,8 +654,8 @@ class WorldModel(nn.Module):
         K = self.tokens_per_frame
         h = self(self.embed(tokens, actions)).unflatten(1, (-1, K + 1))  # (B, T, K + 1, D)
         at_action = h[:, :, K]
-        # All positions but the last frame token's (table above). Of those left, counted from 0, number
-        # i predicts frame token i + 1, actions not counted: 15 is a0's position, and token 16 is z10.
+        # All positions but the last frame token's (table above). Of those left, the i-th predicts the
+        # segment's frame token i + 1. Counted from 0, a0's position is the 15th, and z10 is token 16.
         predicting = torch.cat([h[:, :, : K - 1], h[:, :, K:]], dim=2)
         logits = self.head_token(predicting).flatten(1, 2)
         return logits.float(), self.head_reward(at_action).float(), self.head_end(at_action).float()
@@ -698,7 +698,7 @@ class ActorCritic(nn.Module):
         layers = [nn.AvgPool2d(64 // size)]
         if args.preset == "small":
             # Two frames of a game differ in a few pixels: what they share drowns what moves. So a
-            # pixel is seen as its distance from its mean, in its own standard deviations, at most 5
+            # pixel is seen as its difference from its mean, in its own standard deviations, at most 5
             # of them. eps = 0.05^2 keeps pixels that hardly ever change from being blown up.
             whiten = nn.BatchNorm1d(3 * size * size, eps=0.0025, momentum=1.0, affine=False)
             layers += [nn.Flatten(), whiten, nn.Unflatten(1, (3, size, size)), nn.Hardtanh(-5, 5)]
@@ -739,7 +739,7 @@ class ActorCritic(nn.Module):
         features = self.cnn(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])  # (B, T, features)
         h, c = state.unbind(1)
         hidden = []
-        with torch.autocast(frames.device.type, enabled=False):  # for memory, bfloat16's 8 bits are too few
+        with torch.autocast(frames.device.type, enabled=False):  # 8 significant bits are too few for memory
             for t in range(frames.shape[1]):
                 h, c = self.lstm(features[:, t].float(), (h, c))
                 if valid is not None:
@@ -764,8 +764,8 @@ class ActorCritic(nn.Module):
         log_policy = logits[:, :-1].log_softmax(-1)  # the last frame has a value, no action
         log_chosen = log_policy.gather(-1, dreamt["actions"][..., None])[..., 0]  # (B, H - 1)
         advantage = returns - values[:, :-1]
-        # The critic learns the returns of this policy. The policy learns from what exceeded them:
-        # REINFORCE with the value as baseline.
+        # The critic learns the returns of this policy. The policy learns from their excess over the
+        # value: REINFORCE with a baseline.
         value_loss = (weight * advantage.square()).sum()
         gain = advantage.detach()
         if args.norm_advantage:
@@ -805,7 +805,7 @@ class Agent(nn.Module):
         super().__init__()
         self.tokenizer = Tokenizer(args)
         self.world_model = WorldModel(args, num_actions)
-        # The optimizer changes the learner. The world model, which dreams, is its moving average.
+        # The optimizer changes this copy. `world_model`, which dreams, is its moving average.
         self.learner = copy.deepcopy(self.world_model)
         self.actor_critic = ActorCritic(args, num_actions)
         self.draw_rewards = args.draw_rewards
@@ -833,7 +833,7 @@ def imagine(agent, steps, past_frames, valid, past_tokens, past_actions, given=N
     (B, H, K), both beginning with the last real frame; actions, rewards, ends (B, H - 1); state
     (B, 2, L), the policy's memory just before that last real frame."""
     # The policy reads the past as decoded frames (B, burn-in + 1, 3, 64, 64); valid (B, burn-in + 1)
-    # is false on padding. The world model reads its last n steps (n = --context in training) as
+    # is false on padding. The world model reads the past's last n steps (n = --context in training) as
     # past_tokens (B, n, K) and past_actions (B, n).
     #                  earlier real frames         last real frame     H - 1 dreamt frames
     #    policy        fill its memory             acts on it          acts on all but the last
@@ -1049,7 +1049,7 @@ def make_optimizers(agent, args):
 
 
 def train(args, folder):
-    """The whole run: the phases of every epoch, a checkpoint after each, an evaluation at the end."""
+    """The whole run: the phases of every epoch, a checkpoint after each, evaluations."""
     torch.manual_seed(args.seed)
     game = Game(args.env, args.seed * 100_000)
     agent = Agent(args, game.num_actions).to(args.device).eval()
@@ -1063,7 +1063,7 @@ def train(args, folder):
         from torch.utils.tensorboard import SummaryWriter  # imported here, since few runs need it
 
         board = SummaryWriter(folder)
-    save_run(folder, args, history, agent, optimizers, replay)
+    save_run(folder, args, history, agent, optimizers, replay)  # even epoch 1 can be resumed
     act = accelerate(agent.act, args)
     dreamer = accelerate(partial(imagine, agent, args.horizon - 1), args)
     sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in agent.named_children()}
@@ -1080,7 +1080,7 @@ def train(args, folder):
             row |= collect(agent, act, game, replay, args)
         if epoch >= args.tokenizer_start:
             row |= train_tokenizer(agent, optimizers["tokenizer"], replay, args, perceptual)
-        # The world model learns the words of this epoch's tokenizer, which is frozen from here on.
+        # The world model learns the words of this epoch's tokenizer, frozen until the next epoch.
         if epoch >= args.world_model_start:
             row |= tokenize_replay(agent, replay, args)
             row |= train_world_model(agent, optimizers["world_model"], replay, args)
@@ -1141,14 +1141,14 @@ def play_games(agent, act, args, games, max_steps=math.inf):
     playing = np.ones(games, dtype=bool)
     recording = []
     while playing.any() and len(recording) < max_steps:
-        seen = resize(frames)
+        resized = resize(frames)
         # The policy's memory begins empty and lasts for the whole game, across lives.
-        actions, state = act(seen.to(args.device), state, temperature)
+        actions, state = act(resized.to(args.device), state, temperature)
         actions = actions.cpu()
         frames, rewards, terminated, truncated, _ = env.step(actions.numpy())
         returns += rewards * playing  # a game that is over waits for the others
         if playing[0] and len(recording) < 1000:  # enough for pictures and metrics
-            recording.append((seen[0], actions[0], torch.tensor(float(rewards[0]))))
+            recording.append((resized[0], actions[0], torch.tensor(float(rewards[0]))))
         playing &= ~(terminated | truncated)
     return returns, [torch.stack(column).to(args.device) for column in zip(*recording)]
 
@@ -1442,7 +1442,9 @@ def main(argv=None):
         code, message = 130, "stopped"
     except FloatingPointError as error:
         code, message = 1, str(error)
-    except (InputError, ImportError, OSError, MemoryError, RuntimeError, cv2.error) as error:
+    except InputError as error:
+        code, message, folder = 2, str(error), None  # to resume would not help
+    except (ImportError, OSError, MemoryError, RuntimeError, cv2.error) as error:
         # Only RuntimeErrors of a GPU or of an allocator are the machine's fault.
         machine = isinstance(error, torch.AcceleratorError) or "alloc" in str(error)
         if isinstance(error, RuntimeError) and not machine:
