@@ -311,12 +311,12 @@ def test_moving_average_of_the_world_model():
     """The world model that dreams is the exponential moving average of the learner's weights."""
     args = tiny_args("--ema-decay", "0.75", "--world-model-updates", "3")
     agent = bold_agent(args)
-    mean, weight = agent.world_model.pos_emb.weight, agent.learner.pos_emb.weight
-    before, expected = weight.data.clone(), mean.data.clone()
+    weight, mean = agent.learner.pos_emb.weight.data, agent.world_model.pos_emb.weight.data
+    before, expected = weight.clone(), mean.clone()
     optimizer = iris.make_optimizers(agent, args)["world_model"]
-    optimizer.register_step_post_hook(lambda *_: expected.lerp_(weight.data, 0.25))
+    optimizer.register_step_post_hook(lambda *_: expected.lerp_(weight, 0.25))
     iris.train_world_model(agent, optimizer, filled_replay(), args)
-    assert (before - weight.data).abs().max() > 1e-4
+    assert not torch.equal(weight, before)
     close(mean, expected)
 
 
@@ -1503,11 +1503,12 @@ def kills(count):
 
 def plain_updates(agent, optimizers, replay, args):
     """Updates as one writes them first: float32, all encoded again, dreams without a cache."""
+    networks = dict(agent.named_children(), world_model=agent.learner)
 
-    def update(name, network, loss):
+    def update(name, loss):
         optimizers[name].zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 10.0)
+        torch.nn.utils.clip_grad_norm_(networks[name].parameters(), 10.0)
         optimizers[name].step()
 
     @torch.no_grad()
@@ -1517,13 +1518,12 @@ def plain_updates(agent, optimizers, replay, args):
 
     def tokenizer():
         index, _ = replay.sample(args.tokenizer_batch, 1)
-        network = agent.tokenizer
-        update("tokenizer", network, network.loss(iris.to_network(replay.frames[index[:, 0]]))[0])
+        update("tokenizer", agent.tokenizer.loss(iris.to_network(replay.frames[index[:, 0]]))[0])
 
     def world_model():
         index, valid = replay.sample(args.world_model_batch, args.sequence_length)
         columns = [x[index] for x in (replay.actions, replay.rewards, replay.ends)]
-        update("world_model", agent.learner, agent.learner.loss(encode(index), *columns, valid)[0])
+        update("world_model", agent.learner.loss(encode(index), *columns, valid)[0])
 
     def actor_critic():
         index, valid = replay.sample(args.actor_critic_batch, args.burn_in + 1, "last")
@@ -1538,7 +1538,7 @@ def plain_updates(agent, optimizers, replay, args):
         dreamt["state"] = state
         for part in torch.arange(len(index)).split(args.actor_critic_minibatch):
             some = {name: x[part] for name, x in dreamt.items()}
-            update("actor_critic", policy, policy.loss(some, args)[0])
+            update("actor_critic", policy.loss(some, args)[0])
 
     return dict(tokenizer=tokenizer, world_model=world_model, actor_critic=actor_critic)
 
