@@ -1382,7 +1382,7 @@ def test_parity_actor_critic(mixed, paper, golden):
 def test_parity_lambda_returns(golden):
     """The authors' returns, with an end in one row."""
     expected = golden["lambda_returns"]
-    names = ("rewards", "values", "ends", "returns")
+    names = "rewards values ends returns".split()
     rewards, values, ends, wanted = (torch.tensor(expected[name]) for name in names)
     numbers = expected["gamma"], expected["lambda_"]
     returns = iris.lambda_returns(rewards[:, :-1], values, ends[:, :-1], *numbers)
