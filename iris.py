@@ -56,9 +56,9 @@ import torch.nn.functional as F
 # ---- 1. Flags: the paper's numbers in one place (on a first reading, go on to part 2) ------------
 # The paper preset follows the authors' code where the paper's text differs. The small preset is the
 # same idea for a machine without a GPU: smaller networks, tokens that are local (part 4), a shorter
-# schedule, other initial weights, and a policy that sees what moves (part 6). On a CPU dreams are
-# slow and real steps are not: the small preset collects 4000 of them in seconds, and makes
-# four updates per batch of dreams, each on a quarter of it.
+# schedule, other initial weights, a policy that sees what moves (part 6), and dreams from averaged
+# weights (train_world_model). On a CPU dreams are slow and real steps are not: the small preset
+# collects 4000 of them in seconds, and makes four updates per batch of dreams, each on a quarter.
 
 # What --resume may change.
 MAY_CHANGE = ("epochs", "collect_epochs", "device", "mixed_precision", "final_games", "tensorboard")
@@ -179,7 +179,7 @@ def parse_args(argv=None):
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
         least = 1 if type(value) is int and name != "seed" else 0
-        most = 1 if name in ("epsilon", "dropout", "gamma", "td_lambda") else math.inf
+        most = 1 if name in ("epsilon", "dropout", "gamma", "td_lambda", "ema_decay") else math.inf
         if type(value) in (int, float) and not least <= value <= most:
             raise InputError(f"{flag} {value} is out of range")
         if args.resume and name not in MAY_CHANGE and value != saved.get(name, value):
@@ -739,7 +739,7 @@ class ActorCritic(nn.Module):
         features = self.cnn(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])  # (B, T, features)
         h, c = state.unbind(1)
         hidden = []
-        with torch.autocast(frames.device.type, enabled=False):  # 8 significant bits are too few for memory
+        with torch.autocast(frames.device.type, enabled=False):  # bfloat16's 8 bits of precision: too few
             for t in range(frames.shape[1]):
                 h, c = self.lstm(features[:, t].float(), (h, c))
                 if valid is not None:
@@ -799,13 +799,13 @@ def lambda_returns(rewards, values, ends, gamma, lambda_):
 
 # ---- 7. Imagination: the world model as a game ---------------------------------------------------
 class Agent(nn.Module):
-    """The three networks, and how they act on real frames."""
+    """The three networks, a copy of the world model that learns, and how they act on real frames."""
 
     def __init__(self, args, num_actions):
         super().__init__()
         self.tokenizer = Tokenizer(args)
         self.world_model = WorldModel(args, num_actions)
-        # The optimizer changes this copy. `world_model`, which dreams, is its moving average.
+        # The optimizer changes the copy. `world_model`, which dreams, is the copy's moving average.
         self.learner = copy.deepcopy(self.world_model)
         self.actor_critic = ActorCritic(args, num_actions)
         self.draw_rewards = args.draw_rewards

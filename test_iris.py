@@ -1109,7 +1109,7 @@ REFUSED = {  # flags -> what the one line names; RUN is a whole run
     "--seed 1764057600123456789": "--seed",
     "--collect-steps -5": "--collect-steps",
     "--gamma nan": "--gamma",
-    "--gamma 1.5": "--gamma",
+    "--ema-decay 1.5": "--ema-decay",
     "--horizon 7": "--horizon",
     "--width 33": "--width",
     "--tokenizer-start 3": "start",
