@@ -1388,7 +1388,7 @@ def play(agent, args, recording):
             tokens = torch.cat([tokens, dreamt["tokens"][:, 1:]], dim=1)[:, -kept:]
             actions = F.pad(actions, (0, 1))[:, -kept:]
         cv2.imshow("iris", draw(agent.tokenizer.decode(tokens[:, -1])[None]))
-        cv2.setWindowTitle("iris", f"rewards {score:+g}" + (", the end: press r" if end else ""))
+        cv2.setWindowTitle("iris", f"rewards {score:+.1f}" + (", the end: press r" if end else ""))
         key = chr(cv2.waitKey(66) & 255)  # at most 15 frames a second
 
 

@@ -170,7 +170,6 @@ def test_tokenizer_loss(kind, monkeypatch):
 def test_nearest_code(flags):
     """Both tokenizers, 16 or 64 tokens: each is the nearest code by brute force."""
     tokenizer = bold_agent(tiny_args("--tokens-per-frame", *flags.split())).tokenizer
-    number = int(flags[:2])
     x = torch.rand(2, 3, 64, 64) * 2 - 1
     z = tokenizer.encoder(x)
     codes = tokenizer.codebook.weight
@@ -179,7 +178,7 @@ def test_nearest_code(flags):
     tokens = tokenizer.encode(x)
     embedded = tokenizer.embed(tokens)
     for n in range(2):
-        for place in range(number):
+        for place in range(z.shape[2]):
             distances = [(z[n, :, place] - code).square().sum() for code in codes]
             nearest = int(np.argmin(distances))
             assert tokens[n, place] == nearest
@@ -253,8 +252,7 @@ def test_cached_steps_equal_the_full_pass():
     caches = torch.full((3, 2, 2, 4, 102, 8), math.nan)  # what is not yet filled is never read
     close(world_model(x[:, :15], caches), full[:, :15], 1e-4, 1e-5)
     for i in range(15, 102):
-        one = slice(i, i + 1)
-        close(world_model(x[:, one], caches, i), full[:, one], 1e-4, 1e-5)
+        close(world_model(x[:, i : i + 1], caches, i), full[:, i : i + 1], 1e-4, 1e-5)
 
 
 @pytest.mark.parametrize("reward_loss", ["cross-entropy", "mse"])
@@ -888,9 +886,9 @@ def test_play(monkeypatch):
         assert past[0].tolist() == taken[i - length + 1 : i]
         shown = torch.cat([shown, result["tokens"][:, 1:]], dim=1)
         score += float(result["rewards"])
-        assert titles[i + 2].startswith(f"rewards {score:+g}")
+        assert titles[i + 2].startswith(f"rewards {score:+.1f}")
     assert all("press r" in title for title in titles[8:11])  # after it keys do nothing
-    assert titles[11] == "rewards +0"
+    assert titles[11] == "rewards +0.0"
 
 
 # ---- The command line, on real Pong --------------------------------------------------------------
@@ -1384,8 +1382,7 @@ def test_parity_lambda_returns(golden):
     expected = golden["lambda_returns"]
     names = "rewards values ends returns".split()
     rewards, values, ends, wanted = (torch.tensor(expected[name]) for name in names)
-    numbers = expected["gamma"], expected["lambda_"]
-    returns = iris.lambda_returns(rewards[:, :-1], values, ends[:, :-1], *numbers)
+    returns = iris.lambda_returns(rewards[:, :-1], values, ends[:, :-1], expected["gamma"], expected["lambda_"])
     close(returns, wanted[:, :-1])  # their last one is the last value
 
 
@@ -1552,9 +1549,6 @@ def benchmark(*flags):
     while replay.size < 1200:
         collect()
 
-    def tokenize():
-        iris.tokenize_replay(agent, replay, args)
-
     def imagine():
         index, valid = replay.sample(args.actor_critic_batch, args.burn_in + 1, "last")
         last = index[:, -args.context :]
@@ -1576,7 +1570,7 @@ def benchmark(*flags):
     phases = {  # work, and how many steps, updates, frames or batches it is
         "collect": (collect, 20 + args.burn_in),
         "tokenizer": (train("tokenizer", None), 1),
-        "tokens": (tokenize, 1280),
+        "tokens": (partial(iris.tokenize_replay, agent, replay, args), 1280),
         "world_model": (train("world_model"), 1),
         "dream": (imagine, 1),
         "actor_critic": (train("actor_critic", dreamer), 1),
@@ -1586,12 +1580,11 @@ def benchmark(*flags):
     if args.local_tokens:  # then the line is the revival of codes, once an epoch: plain has none
         del plain["tokenizer"]
     print(f"{args.game}, {args.preset} preset, {args.device}, {torch.get_num_threads()} threads")
-    frames = args.actor_critic_batch * args.horizon
     for name, (work, parts) in phases.items():
         ours = seconds(work) / parts
         line = f"  {name:12} {1000 * ours:10.2f} ms"
         if name == "dream":
-            line += f", {frames / ours:.0f} imagined frames a second"
+            line += f", {args.actor_critic_batch * args.horizon / ours:.0f} imagined frames a second"
         if name in plain:
             naive = seconds(plain[name])
             line += f", plain {1000 * naive:10.2f} ms, {naive / ours:.2f} x"
@@ -1602,4 +1595,6 @@ def benchmark(*flags):
 
 SCRIPTS = {"--benchmark": benchmark, "--baselines": baselines, "--ball": ball, "--kills": kills}
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in SCRIPTS:
+        sys.exit("tests: python -m pytest test_iris.py; scripts: python test_iris.py " + " | ".join(SCRIPTS))
     SCRIPTS[sys.argv[1]](*sys.argv[2:])
