@@ -1347,7 +1347,8 @@ def write_pictures(agent, args, recording, folder):
             texts += ["dreamt, as played"] + ["dreamt, policy acts"] * 3
         for row, text in enumerate(texts):
             place = (192 * i + 4, 192 * row + 188)
-            cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 0, 255))
+            for color, thickness in ((0, 0, 0), 3), ((255, 255, 255), 1):  # white with a black outline
+                cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, color, thickness)
     _, png = cv2.imencode(".png", image)
     write_atomically(folder / "dream.png", png)
 
