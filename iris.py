@@ -123,7 +123,7 @@ def make_parser(preset):
     add_argument("--eval-temperature", 0.5, "of the policy, in evaluations", small=1.0)
     add_argument("--eval-every", 5, "epochs between evaluations")
     add_argument("--eval-games", 16, "games per evaluation", small=4)
-    add_argument("--final-games", 100, "games in the final one, and in --eval", small=30)
+    add_argument("--final-games", 100, "games in the final evaluation, and in --eval", small=30)
     # The networks.
     add_argument("--local-tokens", False, "each token sees and draws only its own square", small=True)
     add_argument("--tokens-per-frame", 16, "K; 64: finer, slower (appendix E)", choices=(16, 64))
@@ -139,9 +139,9 @@ def make_parser(preset):
     add_argument("--lstm-size", 512, "L: size of the policy's memory", small=256)
     # Dreams, and what the policy makes of them.
     add_argument("--burn-in", 20, "real frames that fill the policy's memory", small=4)
-    add_argument("--context", 1, "real frames the world model sees, the dream's first too", small=3)
+    add_argument("--context", 1, "real frames the world model sees, the dream's first included", small=3)
     add_argument("--horizon", 20, "H: frames of a dream", small=10)
-    add_argument("--draw-rewards", True, "dreams pay a reward's sampled sign, not its mean", small=False)
+    add_argument("--draw-rewards", True, "dreams pay a reward's sign, sampled, not its mean", small=False)
     add_argument("--gamma", 0.995, "discount: how far the policy looks ahead", small=0.97)
     add_argument("--td-lambda", 0.95, "lambda of the returns; 0: one step, 1: the whole dream")
     add_argument("--norm-advantage", False, "scale advantages to one size in all games", small=True)
@@ -199,7 +199,7 @@ def parse_args(argv=None):
 def make_env(env_id, num_envs=1, training=True):
     """-> a gymnasium VectorEnv of RGB frames (num_envs, 1, h, w, 3) uint8."""
     # An action is held for 4 raw frames; the agent sees the maximum of the last two, because Atari
-    # draws some things in every other frame only. In training, games begin with 0 to 29 no-ops, and
+    # draws some things only in every other frame. In training, games begin with 0 to 29 no-ops, and
     # a lost life ends the episode, but not the game. To use a game of another kind, replace this
     # function; Game reads info["episode_frame_number"].
     try:
@@ -226,8 +226,8 @@ class Game:
     """Real games, one after another, across epochs and across restarts of the program."""
 
     # Game number n is seeded with seed + n, and the emulator has no other randomness. So the actions
-    # alone determine everything that was seen: of a replay, a checkpoint holds only these (and the
-    # rewards, to compare), and playing them again brings back every frame.
+    # alone determine everything that was seen: a checkpoint holds these (and the rewards, to compare),
+    # no frames, and playing them again brings back every frame.
     def __init__(self, env_id, seed):
         self.env = make_env(env_id)
         self.seed = seed
@@ -243,7 +243,7 @@ class Game:
         self.score = 0.0
 
     def step(self, action):
-        """-> reward, end (out of time does not count), the game's score if it is over, else None."""
+        """-> reward, end (running out of time is none), the game's score if it is over, else None."""
         frames, rewards, terminated, truncated, info = self.env.step(np.array([action]))
         reward = float(rewards[0])
         end = bool(terminated[0])
@@ -276,8 +276,8 @@ class Replay:
     # Step i is a frame, the action taken in it, the reward that followed, and whether a life
     # or the game ended. `tokens` and `reconstructions` are what the tokenizer makes of the frames,
     # computed once an epoch, since it is frozen while the other two learn. The world model reads the
-    # tokens, and the policy sees the reconstructions, never the frames. Those of local tokens (part
-    # 4) need not be kept: they are decoded by copying pixels.
+    # tokens, and the policy sees the reconstructions, never the frames. Reconstructions from local
+    # tokens (part 4) need not be kept: decoding them copies pixels.
     def __init__(self, args):
         n = args.collect_epochs * args.collect_steps + CHUNK  # the last chunk is tokenized whole
         precision = torch.bfloat16 if args.mixed_precision else torch.float32
@@ -286,7 +286,7 @@ class Replay:
             self.actions = torch.zeros(n, dtype=torch.long)
             self.rewards = torch.zeros(n)
             self.ends = torch.zeros(n, dtype=torch.long)
-            self.starts = torch.zeros(n, dtype=torch.long)  # of the episodes
+            self.starts = torch.zeros(n, dtype=torch.long)  # first steps of the episodes
             self.tokens = torch.zeros(n, args.tokens_per_frame, dtype=torch.long)
             self.reconstructions = torch.zeros(0 if args.local_tokens else n, 3, 64, 64, dtype=precision)
         self.size = self.episodes = 0
@@ -387,7 +387,7 @@ def make_encoder(sizes, C, E):
     for i, size in enumerate(sizes):
         for j in range(2):
             layers[f"down_{i}_block_{j}"] = ResBlock(C)
-            if size in (8, 16):  # larger grids cost too much; mid_attn_1 comes after all sizes
+            if size in (8, 16):  # larger grids cost too much; the smallest has mid_attn_1
                 layers[f"down_{i}_attn_{j}"] = SpatialAttention(C)
         if size > sizes[-1]:  # halve it; padded on the right and at the bottom only
             layers[f"down_{i}_pad"] = nn.ZeroPad2d((0, 1, 0, 1))
@@ -490,7 +490,7 @@ class Tokenizer(nn.Module):
         unused = (tokens.bincount(minlength=len(codes)) == 0).nonzero().flatten()
         # Most squares are background, which has its code. So an unused code gets the pixels of a
         # square picked with probability proportional to its squared distance from the nearest code,
-        # new ones included (k-means++): what is not drawn yet. Sixteen at a time, for speed.
+        # new ones included (k-means++), so of something not drawn yet. Sixteen at a time, for speed.
         # A distance below 0.01 is rounding: that square has its code already. (1e-9: multinomial
         # wants as many positive weights as it picks.)
         for i in range(0, len(unused), 16):
@@ -591,9 +591,9 @@ class WorldModel(nn.Module):
         super().__init__()
         D, K, V = args.width, args.tokens_per_frame, args.vocab_size
         self.tokens_per_frame = K
+        # The paper's GPT learns its own embeddings, and never sees the tokenizer's codes.
         self.token_embedding = nn.Embedding(V, D)
         self.action_embedding = nn.Embedding(num_actions, D)
-        # It learns its own embeddings, not the tokenizer's codes, and a vector for each position.
         self.pos_emb = nn.Embedding(args.sequence_length * (K + 1), D)
         self.local_tokens = args.local_tokens
         if args.local_tokens:
@@ -654,8 +654,8 @@ class WorldModel(nn.Module):
         K = self.tokens_per_frame
         h = self(self.embed(tokens, actions)).unflatten(1, (-1, K + 1))  # (B, T, K + 1, D)
         at_action = h[:, :, K]
-        # All positions but the last frame token's (table above). Of those left, the i-th predicts the
-        # segment's frame token i + 1. Counted from 0, a0's position is the 15th, and z10 is token 16.
+        # All positions but the last frame token's (table above). Of those left, number i predicts the
+        # segment's frame token i + 1, both counted from 0: a0 is number 15, and z10 is token 16.
         predicting = torch.cat([h[:, :, : K - 1], h[:, :, K:]], dim=2)
         logits = self.head_token(predicting).flatten(1, 2)
         return logits.float(), self.head_reward(at_action).float(), self.head_end(at_action).float()
@@ -702,17 +702,15 @@ class ActorCritic(nn.Module):
             # of them. eps = 0.05^2 keeps pixels that hardly ever change from being blown up.
             whiten = nn.BatchNorm1d(3 * size * size, eps=0.0025, momentum=1.0, affine=False)
             layers += [nn.Flatten(), whiten, nn.Unflatten(1, (3, size, size)), nn.Hardtanh(-5, 5)]
-        channels = 3
-        for width in (32, 32, 64, 64):
+        for channels, width in ((3, 32), (32, 32), (32, 64), (64, 64)):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
-            channels = width
         self.cnn = nn.Sequential(*layers, nn.Flatten())  # (N, 3, 64, 64) -> (N, 1024), or fewer
         # One frame shows no velocities: the memory has to know where the ball came from.
         self.lstm = nn.LSTMCell(64 * (args.policy_size // 16) ** 2, args.lstm_size)
         self.actor = nn.Linear(args.lstm_size, num_actions)
         self.critic = nn.Linear(args.lstm_size, 1)
         if args.preset == "small":
-            # torch's own weights shrink the differences between frames to 1 to 3 %. With them the
+            # torch's own weights shrink the differences between frames to a few percent. With them the
             # policy learned nothing from 41,000 real frames of KungFuMaster; with these it scored
             # up to three times as much as random play.
             for name, parameter in self.cnn.named_parameters():
@@ -723,8 +721,8 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def adapt(self, frames):
-        """For the small preset: takes means and deviations from decoded frames (N, 3, 64, 64)."""
-        # self.cnn is [pool, flatten, whiten, ...]; in train mode whiten takes new statistics.
+        """For the small preset: measures means and deviations of decoded frames (N, 3, 64, 64)."""
+        # self.cnn is [pool, flatten, whiten, ...]; in train mode whiten measures anew.
         whiten = self.cnn[2].train()
         whiten(self.cnn[:2](frames.float()))
         whiten.eval()
@@ -739,7 +737,7 @@ class ActorCritic(nn.Module):
         features = self.cnn(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])  # (B, T, features)
         h, c = state.unbind(1)
         hidden = []
-        with torch.autocast(frames.device.type, enabled=False):  # bfloat16's 8 bits of precision: too few
+        with torch.autocast(frames.device.type, enabled=False):  # bfloat16's 8 bits are too few
             for t in range(frames.shape[1]):
                 h, c = self.lstm(features[:, t].float(), (h, c))
                 if valid is not None:
@@ -799,7 +797,7 @@ def lambda_returns(rewards, values, ends, gamma, lambda_):
 
 # ---- 7. Imagination: the world model as a game ---------------------------------------------------
 class Agent(nn.Module):
-    """The three networks, a copy of the world model that learns, and how they act on real frames."""
+    """The three networks, the learning copy of the world model, and how they act on real frames."""
 
     def __init__(self, args, num_actions):
         super().__init__()
@@ -812,7 +810,7 @@ class Agent(nn.Module):
 
     def act(self, frames, state, temperature):
         """Real frames (N, 64, 64, 3), memory, temperature -> actions (N,), memory."""
-        # The policy learned from decoded frames, so real frames are decoded for it, too. The
+        # The policy learned from decoded frames, so real frames go through the tokenizer for it. The
         # temperature is a tensor, since a CUDA graph would freeze a number.
         seen = self.tokenizer.decode(self.tokenizer.encode(to_network(frames)))
         logits, _, state = self.actor_critic(seen[:, None], state)
@@ -832,9 +830,9 @@ def imagine(agent, steps, past_frames, valid, past_tokens, past_actions, given=N
     """Dreams `steps` = H - 1 steps after a real past -> dict of frames (B, H, 3, 64, 64), tokens
     (B, H, K), both beginning with the last real frame; actions, rewards, ends (B, H - 1); state
     (B, 2, L), the policy's memory just before that last real frame."""
-    # The policy reads the past as decoded frames (B, burn-in + 1, 3, 64, 64); valid (B, burn-in + 1)
-    # is false on padding. The world model reads the past's last n steps (n = --context in training) as
-    # past_tokens (B, n, K) and past_actions (B, n).
+    # The policy reads the past as m decoded frames (B, m, 3, 64, 64); valid (B, m) is false on
+    # padding. The world model reads its last n steps as past_tokens (B, n, K) and past_actions (B, n).
+    # In training m = --burn-in + 1 and n = --context.
     #                  earlier real frames         last real frame     H - 1 dreamt frames
     #    policy        fill its memory             acts on it          acts on all but the last
     #    world model   reads the last n - 1        reads it            generates them
@@ -926,10 +924,10 @@ def progress(count, label):
             print(f"\r{line:60}\r", end="", file=sys.stderr, flush=True)
 
 
-def update(name, network, optimizer, args, *batch):
-    """A step of the optimizer on a batch, the gradient's norm clipped to 10 (appendix A) -> metrics."""
+def update(name, network, optimizer, args, *inputs):
+    """A step on network.loss(*inputs), the gradient's norm clipped to 10 (appendix A) -> metrics."""
     with torch.autocast(args.device, torch.bfloat16, args.mixed_precision):
-        loss, metrics = network.loss(*batch)
+        loss, metrics = network.loss(*inputs)
     loss.backward()
     metrics[f"{name}_gradient"] = nn.utils.clip_grad_norm_(network.parameters(), 10.0)
     optimizer.step()
@@ -968,7 +966,7 @@ def collect(agent, act, game, replay, args):
 
 def train_tokenizer(agent, optimizer, replay, args, perceptual):
     """An epoch's updates on single frames -> metrics."""
-    if args.local_tokens:  # better than hundreds of updates: the codes are real squares
+    if args.local_tokens:  # real squares as codes are better than hundreds of updates
         some = torch.randperm(replay.size)[:4096]
         agent.tokenizer.revive_codes(to_network(replay.frames[some]))
     history = []
@@ -1097,8 +1095,8 @@ def train(args, folder):
             write_pictures(agent, args, recording, folder / "media" / f"epoch_{epoch:03d}")
             row |= dict(eval_return=result["mean"], **result["health"])
         row |= dict(real_steps=replay.size, seconds=time.time() - begun)
-        for name, value in row.items():
-            if args.tensorboard:
+        if args.tensorboard:
+            for name, value in row.items():
                 board.add_scalar(name, value, epoch)
         history.append(row)
         save_run(folder, args, history, agent, optimizers, replay)
@@ -1128,7 +1126,7 @@ Seaquest 68.4 42054.7 661.32 | UpNDown 533.4 11693.2 3546.2
 
 def play_games(agent, act, args, games, max_steps=math.inf):
     """Plays whole games side by side -> returns (games,), and frames, actions, rewards of the first
-    game, 1000 steps at most. max_steps: stop when that many are recorded."""
+    game's first 1000 steps. max_steps: stop playing when that many are recorded."""
     # All games start at once, and we wait for the longest: to take the first n that finish would
     # favour short games, usually lost ones.
     env = make_env(args.env, games, training=False)
@@ -1185,9 +1183,8 @@ def evaluate(agent, act, args, games):
     """Whole games -> a result, for eval.json, and what the first game showed."""
     returns, recording = play_games(agent, act, args, games)
     result = dict(game=args.game, seed=args.seed, temperature=args.eval_temperature)
-    interval = 1.96 * returns.std() / math.sqrt(max(games - 1, 1))
     result["mean"] = float(returns.mean())
-    result["interval"] = float(interval)
+    result["interval"] = float(1.96 * returns.std() / math.sqrt(max(games - 1, 1)))
     result["returns"] = returns.tolist()
     result["health"] = health(agent, recording, min(args.sequence_length, len(recording[0])))
     return result, recording
@@ -1207,7 +1204,7 @@ def summary(result):
 
 # ---- 10. Checkpoints: a run's own, and the authors' ----------------------------------------------
 def write_atomically(path, data):
-    """All of the bytes or none: no reader, and no power cut, ever meets half a file."""
+    """All of the bytes or none: no reader ever meets half a file, even after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     # A rename is atomic, a write is not; fsync, so that the data is on disk before the rename.
@@ -1234,6 +1231,7 @@ def save_run(folder, args, history, agent, optimizers, replay):
     """Writes all that the next epoch needs, and metrics.csv and config.json for people."""
     # Weights, Adam's averages, and the actions so far: frames and tokens follow from them. The
     # rewards follow, too; load_run compares them.
+    # Flags, but no modes, nor the run's folder.
     saved_args = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
     state = dict(args=saved_args, history=history, agent=agent.state_dict())
     state["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
@@ -1407,7 +1405,7 @@ def look_into(args):
     if args.eval:
         result, _ = evaluate(agent, act, args, args.final_games)
         saved = state.get("args", {}).items()
-        result["other_flags"] = {k: getattr(args, k) for k, v in saved if v != getattr(args, k)}
+        result["changed_flags"] = {k: getattr(args, k) for k, v in saved if v != getattr(args, k)}
         name = time.strftime("eval-%Y%m%d-%H%M%S.json")  # eval.json is what training wrote
         write_atomically(results / name, json.dumps(result, indent=1).encode())
         print(summary(result))
@@ -1433,7 +1431,7 @@ def main(argv=None):
         if args.eval or args.dream or args.play:
             look_into(args)
             return 0
-        # The process's number tells apart two runs that begin in the same second.
+        # The process id tells apart two runs that begin in the same second.
         now = time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
         name = f"{args.game.replace('/', '-')}__{args.exp_name}__{args.seed}__{now}"
         folder = args.run if args.resume else Path(args.run_dir, name)
@@ -1442,16 +1440,16 @@ def main(argv=None):
     except KeyboardInterrupt:
         code, message = 130, "stopped"
     except FloatingPointError as error:
-        code, message = 1, str(error)
+        code, message, folder = 1, str(error), None  # the same epoch would diverge again
     except InputError as error:
-        code, message, folder = 2, str(error), None  # to resume would not help
+        code, message, folder = 2, str(error), None  # resuming would not help
     except (ImportError, OSError, MemoryError, RuntimeError, cv2.error) as error:
         # Only RuntimeErrors of a GPU or of an allocator are the machine's fault.
         machine = isinstance(error, torch.AcceleratorError) or "alloc" in str(error)
         if isinstance(error, RuntimeError) and not machine:
             raise
         code, message = 2, str(error)
-    if folder is not None and code != 1 and (folder / "checkpoint.pt").exists():
+    if folder is not None and (folder / "checkpoint.pt").exists():
         message += f"; go on from the last whole epoch: python iris.py --resume {shlex.quote(str(folder))}"
     print("iris.py:", " ".join(message.split())[:600], file=sys.stderr)
     return code
