@@ -1335,6 +1335,7 @@ def write_pictures(agent, args, recording, folder):
     part = slice(first, first + T)
     rows = [real[None, part], decoded[None, part], dream_on([first], True), dream_on([first] * 3, False)]
     image = draw(torch.cat(rows))
+    image.reshape(6, 192, -1)[:, 174:] //= 4  # dark, so that captions can be read on it
     _, signs, ends = agent.world_model.predict(tokens[None, part], actions[None, part])
     signs, ends = agent.world_model.expected_reward(signs[0]), ends[0].softmax(-1)
     for i in range(T):
@@ -1345,8 +1346,7 @@ def write_pictures(agent, args, recording, folder):
             texts += ["dreamt, as played"] + ["dreamt, policy acts"] * 3
         for row, text in enumerate(texts):
             place = (192 * i + 4, 192 * row + 188)
-            for color, thickness in ((0, 0, 0), 3), ((255, 255, 255), 1):  # white with a black outline
-                cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, color, thickness)
+            cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255))
     _, png = cv2.imencode(".png", image)
     write_atomically(folder / "dream.png", png)
 

@@ -846,7 +846,7 @@ def test_pictures_show_what_the_model_says(tmp_path, monkeypatch):
         came = "real -2" if i == 3 else "real +0"
         model = f"expected {expected[i]:+.2f}, end {ends[0].softmax(-1)[i, 1]:.2f}"
         dreams = ["known"] * 4 if i < 3 else ["dreamt, as played", *["dreamt, policy acts"] * 3]
-        assert captions[12 * i : 12 * i + 12 : 2] == [came, model, *dreams]  # each is drawn twice
+        assert captions[6 * i : 6 * i + 6] == [came, model, *dreams]
     for i, dreamt in enumerate(films["frames"]):
         first = 3 * i  # frame that this dream of the film knows
         assert torch.equal(known[i], tokens[first : first + 3])
