@@ -1449,7 +1449,7 @@ def ball(run):
     _, guess = find_ball(to_pixels(dreamt["frames"][:, 5]))
     before, now, later = place[window[:, [3, 4, 9]]].unbind(1)
     print(f"the ball five steps after {len(past)} frames, mean error in pixels, in rows and in columns:")
-    print("  dreamt", (guess - later).abs().nanmean(0))
+    print("  dreamt", (guess - later).abs().nanmean(0), f"gone in {guess.isnan().any(1).float().mean():.1%}")
     print("  flying straight on", (6 * now - 5 * before - later).abs().mean(0))
 
 
@@ -1584,7 +1584,7 @@ def benchmark(*flags):
         ours = seconds(work) / parts
         line = f"  {name:12} {1000 * ours:10.2f} ms"
         if name == "dream":
-            line += f", {args.actor_critic_batch * args.horizon / ours:.0f} imagined frames a second"
+            line += f", {args.actor_critic_batch * (args.horizon - 1) / ours:.0f} imagined frames a second"
         if name in plain:
             naive = seconds(plain[name])
             line += f", plain {1000 * naive:10.2f} ms, {naive / ours:.2f} x"
