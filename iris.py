@@ -129,7 +129,7 @@ def make_parser(preset):
     add_argument("--tokens-per-frame", 16, "K; 64: finer, slower (appendix E)", choices=(16, 64))
     add_argument("--vocab-size", 512, "V: codes in the codebook", small=768)
     add_argument("--perceptual-loss", True, "LPIPS; downloads a VGG16", small=False)
-    add_argument("--reconstruction-loss", "l1", "the paper's text says l2", choices=("l1", "l2"))
+    add_argument("--reconstruction-loss", "l1", "the text says l2; moot for local tokens", choices=("l1", "l2"))
     add_argument("--sequence-length", 20, "T: steps that the transformer sees", small=12)
     add_argument("--layers", 10, "transformer blocks", small=2)
     add_argument("--width", 256, "D, a multiple of the 4 heads", small=128)
@@ -156,6 +156,8 @@ def parse_args(argv=None):
     run = args.resume or args.eval or args.dream or args.play
     if run and run.name == "checkpoint.pt":  # treated like its folder
         run = run.parent
+    if args.resume and run.is_file():
+        raise InputError(f"{run} is a file: --resume wants a run's folder")
     saved = read_checkpoint(run).get("args", {}) if run else {}
     if args.resume and not saved:
         raise InputError(f"{run} has only weights, as the authors' files do, and cannot be resumed")
@@ -190,6 +192,8 @@ def parse_args(argv=None):
         raise InputError("--tokenizer-start <= --world-model-start <= --actor-critic-start: each needs the one before")
     if not 1 < args.horizon <= args.sequence_length + 1 - args.context or args.context > args.burn_in:
         raise InputError("--horizon >= 2, --context + --horizon <= --sequence-length + 1, --context <= --burn-in")
+    if args.local_tokens and args.perceptual_loss:
+        raise InputError("LPIPS teaches encoder and decoder, and --local-tokens have none: --no-perceptual-loss")
     if args.width % 4 or args.seed >= 2**31:
         raise InputError("--width must be a multiple of the 4 heads, --seed below 2**31")
     return args
@@ -1015,6 +1019,7 @@ def train_actor_critic(agent, optimizer, replay, args, dreamer):
     if args.preset == "small":
         some = torch.randperm(replay.size)[:2048]
         agent.actor_critic.adapt(replay.seen(agent.tokenizer, some))
+    order = torch.arange(args.actor_critic_batch, device=args.device)
     history = []
     for _ in progress(args.actor_critic_updates, "actor-critic"):
         # Dreams begin all over the replay: the policy practises wherever it has ever been.
@@ -1024,7 +1029,7 @@ def train_actor_critic(agent, optimizer, replay, args, dreamer):
         seen = replay.seen(agent.tokenizer, index)
         dreamt = dreamer(seen, valid, replay.tokens[last], replay.actions[last])
         # The small preset makes several updates per batch, because it can afford few dreams.
-        for part in torch.arange(args.actor_critic_batch).split(args.actor_critic_minibatch):
+        for part in order.split(args.actor_critic_minibatch):
             minibatch = {name: x[part] for name, x in dreamt.items()}
             history.append(update("actor_critic", agent.actor_critic, optimizer, args, minibatch, args))
     return means(history)
@@ -1130,7 +1135,8 @@ def play_games(agent, act, args, games, max_steps=math.inf):
     # All games start at once, and we wait for the longest: to take the first n that finish would
     # favour short games, usually lost ones.
     env = make_env(args.env, games, training=False)
-    first_seed = args.seed * 100_000 + 50_000  # not training's games
+    # Not training's seeds. Without no-ops Atari does not use them: games differ by the actions drawn.
+    first_seed = args.seed * 100_000 + 50_000
     frames, _ = env.reset(seed=(first_seed + np.arange(games)) % 2**31)
     torch.manual_seed(args.seed)  # evaluations can be repeated
     temperature = torch.tensor(args.eval_temperature, device=args.device)
@@ -1146,7 +1152,8 @@ def play_games(agent, act, args, games, max_steps=math.inf):
         frames, rewards, terminated, truncated, _ = env.step(actions.numpy())
         returns += rewards * playing  # a game that is over waits for the others
         if playing[0] and len(recording) < 1000:  # enough for pictures and metrics
-            recording.append((resized[0], actions[0], torch.tensor(float(rewards[0]))))
+            # a copy: a view would keep the frames of all games
+            recording.append((resized[0].clone(), actions[0], torch.tensor(float(rewards[0]))))
         playing &= ~(terminated | truncated)
     return returns, [torch.stack(column).to(args.device) for column in zip(*recording)]
 
@@ -1164,7 +1171,8 @@ def health(agent, recording, T):
     moving = (contrast > 0.2).float()
     lost = (moving * error).sum() / (moving * contrast).sum().clamp(min=1)
     metrics = dict(moving_contrast_kept=1 - lost)
-    # The world model must beat "each token stays what it was a frame ago".
+    # The world model must beat "each token stays what it was a frame ago". It should: it is given the
+    # real tokens before the one it predicts, also of the same frame.
     tokens = tokens.unflatten(0, (count, T))
     logits, reward, _ = agent.world_model.predict(tokens, actions.unflatten(0, (count, T)))
     # Prediction i is about token i + 1 (see predict), so that K - 1 is the first about frame 1.
@@ -1175,7 +1183,9 @@ def health(agent, recording, T):
     expected = agent.world_model.expected_reward(reward).flatten().round()
     paid = rewards != 0
     found = paid & (expected == rewards.sign())
-    metrics["reward_recall"] = found.sum() / paid.sum().clamp(min=1)
+    metrics["rewards_paid"] = paid.sum()
+    if paid.any():
+        metrics["reward_recall"] = found.sum() / paid.sum()
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -1184,7 +1194,8 @@ def evaluate(agent, act, args, games):
     returns, recording = play_games(agent, act, args, games)
     result = dict(game=args.game, seed=args.seed, temperature=args.eval_temperature)
     result["mean"] = float(returns.mean())
-    result["interval"] = float(1.96 * returns.std() / math.sqrt(max(games - 1, 1)))
+    if games > 1:  # half of the 95 % interval of the mean
+        result["interval"] = float(1.96 * returns.std() / math.sqrt(games - 1))
     result["returns"] = returns.tolist()
     result["health"] = health(agent, recording, min(args.sequence_length, len(recording[0])))
     return result, recording
@@ -1193,7 +1204,8 @@ def evaluate(agent, act, args, games):
 def summary(result):
     """A result -> one line, with reference scores where they are known."""
     game, mean = result["game"], result["mean"]
-    line = f"{game}: {mean:.1f} +- {result['interval']:.1f} (95 %), {len(result['returns'])} games"
+    interval = f" +- {result['interval']:.1f} (95 %)" if "interval" in result else ""
+    line = f"{game}: {mean:.1f}{interval}, {len(result['returns'])} games"
     found = re.search(rf"\b{game} (\S+) (\S+) (\S+)", SCORES)
     if found:  # games become comparable on a scale where 0 is random play and 1 a human
         random, human, iris = (float(score) for score in found.groups())
@@ -1420,7 +1432,7 @@ def look_into(args):
 
 
 def main(argv=None):
-    """Command line -> exit code: 0 done, 1 diverged, 2 bad input or machine, 130 stopped."""
+    """Command line -> exit code: 0 done, 1 diverged or a bug, 2 bad input or machine, 130 stopped."""
     # The one place where errors become one-line messages. Mistakes in the program stay tracebacks.
     folder = None
     try:
@@ -1445,7 +1457,7 @@ def main(argv=None):
         code, message, folder = 2, str(error), None  # resuming would not help
     except (ImportError, OSError, MemoryError, RuntimeError, cv2.error) as error:
         # Only RuntimeErrors of a GPU or of an allocator are the machine's fault.
-        machine = isinstance(error, torch.AcceleratorError) or "alloc" in str(error)
+        machine = isinstance(error, torch.AcceleratorError) or "alloc" in str(error).lower()
         if isinstance(error, RuntimeError) and not machine:
             raise
         code, message = 2, str(error)
