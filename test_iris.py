@@ -38,7 +38,6 @@ import iris
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # networks this small gain nothing from threads
-# Networks that compute in a millisecond.
 TINY = """--preset small --env PongNoFrameskip-v4 --device cpu --no-mixed-precision --layers 1 --width 32
     --vocab-size 32 --policy-size 16 --lstm-size 16 --sequence-length 6 --horizon 5 --context 2 --burn-in 4
     --dropout 0.1 --collect-epochs 1 --collect-steps 300""".split()
@@ -203,7 +202,8 @@ def test_revived_codes(side):
         return iris.to_network(frames.reshape(100, 64, 64, 3))
 
     x = mosaics()
-    tokenizer = iris.Tokenizer(tiny_args("--vocab-size", "256", "--tokens-per-frame", str(choice[0].numel())))
+    number = str(choice[0].numel())
+    tokenizer = iris.Tokenizer(tiny_args("--vocab-size", "256", "--tokens-per-frame", number))
     assert (tokenizer.decode(tokenizer.encode(x)) - x).abs().mean() > 0.3
     address = tokenizer.codebook.weight.data_ptr()
     tokenizer.revive_codes(x)
