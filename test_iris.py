@@ -1212,9 +1212,8 @@ def test_readme():
 
 
 # ---- Parity with the authors' implementation -----------------------------------------------------
-# Their networks were filled by a rule instead of trained, and their outputs written down. Whoever
-# fills in the same way and gets the same numbers computes the same functions. "shapes" are those of
-# an authors' checkpoint for 6 actions, the rest is outputs. Packed: json, lzma, base 85.
+# Their networks were filled by a rule instead of trained, and their outputs written down: whoever gets the same numbers
+# computes the same functions. "shapes" are those of a checkpoint for 6 actions. Packed: json, lzma, base 85.
 PACKED = """
 0ssI30RR90|NsC0{{TIR&^ZR2Z~6U3Gv>{r(}Hh%=g>ZsRFiy6a!U44OnjG14hl227yYl9J#A~nLg5+Bq)$sHo`={oJK+53bS)oTFKrHcb&nU#*~xxYHR(ZWGm1ibw%Q*VTKc&5d+r?e
 R)r(H)r2^EGZuhTMT}f6d9qU?nH^1U9UAwT$lGK4n0#G!Ys*Ynx64#Vv-`^NV8`SegJUw09jI)sky9s6&$Shj90NQ}id?7E$E*`lizXnG+mv9wL}#hs4!I^fVb<mMGRSFgnavic9&G_U
@@ -1525,7 +1524,8 @@ def plain_updates(agent, optimizers, replay, args):
             seen = agent.tokenizer.decode(tokens.flatten(0, 1)).unflatten(0, index.shape)
             _, _, state = policy(seen[:, :-1], state, valid[:, :-1])
         real = tokens[:, -1:], tokens[:, :0, 0], seen[:, -1]
-        dreamt = dict(naive_dream(agent, *real, state, args.horizon - 1, draw=iris.sample), state=state)
+        dreamt = naive_dream(agent, *real, state, args.horizon - 1, draw=iris.sample)
+        dreamt["state"] = state
         for part in torch.arange(len(index)).split(args.actor_critic_minibatch):
             some = {name: x[part] for name, x in dreamt.items()}
             update("actor_critic", policy.loss(some, args)[0])
