@@ -1171,8 +1171,8 @@ def health(agent, recording, T):
     moving = (contrast > 0.2).float()
     lost = (moving * error).sum() / (moving * contrast).sum().clamp(min=1)
     metrics = dict(moving_contrast_kept=1 - lost)
-    # The world model must beat "each token stays what it was a frame ago". It should: it is given the
-    # real tokens before the one it predicts, also of the same frame.
+    # The least a world model must beat: "each token stays what it was a frame ago". It has an easier
+    # task, since it is given all real tokens before the one it predicts, even those of the same frame.
     tokens = tokens.unflatten(0, (count, T))
     logits, reward, _ = agent.world_model.predict(tokens, actions.unflatten(0, (count, T)))
     # Prediction i is about token i + 1 (see predict), so that K - 1 is the first about frame 1.
