@@ -25,7 +25,7 @@ Sections, equations and appendices cited below are the paper's; parts are this f
 #      reconstructed frame  ---->  actor-critic (CNN, LSTM)  ----> action
 #
 # Parts 1 to 8 are IRIS as in the paper, and say where they are not. Part 9 is what this file adds for
-# machines without a GPU (--preset small), by overriding some attributes and one-line methods.
+# machines without a GPU (--preset small), by overriding a few methods.
 #
 # Letters in shapes: N images, B batch, T time steps, K tokens per frame, S positions of the
 # transformer (T (K + 1) for T whole steps), D its width, nh heads of size hs, V vocabulary, E size
@@ -46,8 +46,7 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
-# Set before torch is imported: idle threads go to sleep sooner, which makes dreams up to twenty
-# times as fast where cores are shared.
+# Before torch is imported: idle threads sleep sooner. Dreams get up to 20 times as fast on shared cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import ale_py  # noqa: F401 (importing it registers the games)
@@ -60,8 +59,8 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # ---- 1. Flags: the paper's numbers in one place (on a first reading, go on to part 2) ------------
-# What a run that is resumed or evaluated may set anew.
-MAY_CHANGE = "epochs collect_epochs device mixed_precision final_games eval_temperature".split()
+# The flags that --resume and --eval may change, besides raising --epochs and --collect-epochs.
+MAY_CHANGE = "device mixed_precision final_games eval_temperature".split()
 
 
 class InputError(ValueError):
@@ -74,21 +73,20 @@ def parse_args(argv=None):
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--resume", type=Path, metavar="RUN", help="go on, perhaps for more --epochs")
     modes.add_argument("--eval", type=Path, metavar="RUN", help="score a run, and draw its dreams")
-    devices = ["cpu"]
-    devices += [name for name in ("cuda", "mps") if torch.get_device_module(name).is_available()]
+    kinds = ("cpu", "cuda", "mps")
+    devices = [name for name in kinds if torch.get_device_module(name).is_available()]
     device, preset = ("cuda", "paper") if "cuda" in devices else ("cpu", "small")
     fast = torch.cpu.get_capabilities().get("avx512_bf16", False)  # a CPU that computes in bfloat16
     presets = dict(paper={}, small={})
 
     def add_argument(flag, paper, small, text, choices=None):
-        name = flag.removeprefix("--").replace("-", "_")
-        presets["paper"][name] = paper
-        presets["small"][name] = small
         kind = dict(type=type(paper), choices=choices)
         if isinstance(paper, bool):
             kind = dict(action=argparse.BooleanOptionalAction)  # --name and --no-name
-        default = f"{paper}" if paper == small else f"paper {paper}, small {small}"
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=f"{text} [{default}]", **kind)
+        text += f" [{paper}]" if paper == small else f" [paper {paper}, small {small}]"
+        name = parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind).dest
+        presets["paper"][name] = paper
+        presets["small"][name] = small
 
     # Each flag with the paper's default, the small preset's, and what it does.
     add_argument("--env", "Pong", "Pong", "a game of ale-py: Pong, or ALE/Pong-v5")
@@ -100,16 +98,16 @@ def parse_args(argv=None):
     # The schedule: an epoch collects real steps, then trains each network for some updates.
     add_argument("--epochs", 600, 20, "epochs in all")
     add_argument("--collect-epochs", 500, 20, "epochs that collect real steps")
-    add_argument("--collect-steps", 200, 4000, "real steps per such epoch: 500 x 200 is Atari 100k")
+    add_argument("--collect-steps", 200, 4000, "real steps per such epoch; 500 x 200 is Atari 100k")
     add_argument("--tokenizer-start", 6, 1, "first epoch that trains the tokenizer")
     add_argument("--world-model-start", 26, 1, "first epoch that trains the world model")
     add_argument("--actor-critic-start", 51, 4, "first epoch that trains the policy")
     add_argument("--tokenizer-updates", 200, 0, "updates per epoch")
-    add_argument("--world-model-updates", 200, 600, "updates per epoch")
-    add_argument("--actor-critic-updates", 200, 50, "batches of dreams per epoch")
+    add_argument("--world-model-updates", 200, 400, "updates per epoch")
+    add_argument("--actor-critic-updates", 200, 40, "batches of dreams per epoch")
     add_argument("--tokenizer-batch", 256, 64, "frames per update")
     add_argument("--world-model-batch", 64, 8, "segments per update")
-    add_argument("--actor-critic-batch", 64, 64, "dreams side by side")
+    add_argument("--actor-critic-batch", 64, 64, "dreams per batch")
     add_argument("--actor-critic-minibatch", 64, 16, "dreams per update")
     add_argument("--learning-rate", 1e-4, 1e-3, "of Adam, for all three networks")
     add_argument("--weight-average", 0.0, 0.99, "decay of the mean of the world model's weights")
@@ -136,7 +134,6 @@ def parse_args(argv=None):
     add_argument("--gamma", 0.995, 0.97, "discount: how far the policy looks ahead")
     add_argument("--td-lambda", 0.95, 0.95, "of the returns; 0: one step, 1: the whole dream")
     add_argument("--entropy-coef", 0.001, 0.05, "weight of the entropy bonus")
-
     given = vars(parser.parse_args(argv))  # only what stands on the command line
     run = given["resume"] or given["eval"]
     checkpoint = read_checkpoint(run) if run else {}
@@ -150,16 +147,16 @@ def parse_args(argv=None):
     args = argparse.Namespace(**(values | given))
     # The same game is also known as ALE/Pong-v5, PongNoFrameskip-v4 or PongDeterministic-v4.
     args.env = re.sub(r"^(ALE/)?(\w+?)((NoFrameskip|Deterministic)?-v\d+)?$", r"\2", args.env)
-    for name in values:
-        flag, value = "--" + name.replace("_", "-"), getattr(args, name)
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        old = saved.get(name, value)
         least = 1 if type(value) is int and name != "seed" and "updates" not in name else 0
         most = 1 if name in ("epsilon", "dropout", "gamma", "td_lambda", "weight_average") else 2**31 - 1
         if type(value) in (int, float) and not least <= value <= most:
             parser.error(f"{flag} {value} is out of range: {least} to {most}")
-        if run and name not in MAY_CHANGE and value != saved[name]:
-            parser.error(f"{flag} is {saved[name]} in {run}, and cannot change")
-        if run and "epochs" in name and value < saved[name]:
-            parser.error(f"{flag} is {saved[name]} in {run}, and can only be raised")
+        more = "epochs" in name and value > old
+        if value != old and name not in MAY_CHANGE and not more:
+            parser.error(f"{flag} is {old} in {run}, and cannot become {value}")
     if not args.tokenizer_start <= args.world_model_start <= args.actor_critic_start:
         parser.error("--tokenizer-start, --world-model-start, --actor-critic-start: in this order")
     if args.context + args.horizon > args.sequence_length + 1 or args.horizon == 1:
@@ -181,10 +178,10 @@ def make_env(game, num_envs=1, training=True):
         picture = dict(img_height=height, img_width=width, grayscale=False, stack_num=1)
         rules = dict(frameskip=4, repeat_action_probability=0.0, reward_clipping=False)
         starts = dict(use_fire_reset=False, noop_max=30 if training else 1)  # exclusive
-        ends = dict(life_loss_info=training)
-        ends["max_num_frames_per_episode"] = 20_000 if training else 108_000  # raw frames
-        return gym.make_vec(env_id, num_envs=num_envs, **picture, **rules, **starts, **ends)
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+        limit = 20_000 if training else 108_000  # raw frames
+        limits = dict(life_loss_info=training, max_num_frames_per_episode=limit)
+        return gym.make_vec(env_id, num_envs=num_envs, **picture, **rules, **starts, **limits)
+    except Exception as error:  # gymnasium and ale-py have errors of many kinds
         raise InputError(f"--env {game}: {error} (make_env wants a game of ale-py 0.12)") from None
 
 
@@ -224,10 +221,11 @@ class Game:
         game_over = False
         while terminated[0] or truncated[0]:
             # gymnasium's next-step autoreset: the next episode's first frame comes with one more
-            # step, here a no-op. The frame counter tells which of two things has happened:
-            # - It goes on: only a life was lost. What the no-op pays is credited to the action
-            #   before (the authors drop it). It may lose another life, hence the loop.
-            # - It goes back: the game is over, and the no-op has begun a new one.
+            # step. The frame counter tells which of two things that step was:
+            # - It goes on: only a life was lost, and the step was a no-op in the same game. What it
+            #   pays is credited to the action before (the authors drop it). It may lose another life,
+            #   hence the loop.
+            # - It goes back: the game was over, and the step only fetched a new one's first frame.
             frame_number = info["episode_frame_number"][0]
             frames, rewards, terminated, truncated, info = self.env.step(np.array([0]))
             reward += float(rewards[0])
@@ -241,26 +239,25 @@ class Game:
 
 
 # ---- 3. Replay: every real step, and what the tokenizer makes of it ------------------------------
-CHUNK = 256  # frames tokenized at once: always as many, since a GPU tunes kernels for each new shape
+CHUNK = 256  # frames tokenized at once: always this many, as a GPU tunes kernels for each new shape
 
 
 class Replay:
     """All real steps, on the device: 100,000 are 2.5 GB, half of it reconstructed frames."""
 
     # Step i is a frame, the action taken in it, the reward that followed, and whether a life or the
-    # game ended. An epoch trains the tokenizer first; what it makes of all frames is then kept for the
-    # other two: the world model reads `tokens`, the policy sees `reconstructions`, never the frames
-    # (as bytes, where the authors have floats).
+    # game ended. An epoch trains the tokenizer first; what it makes of all frames is then kept: the world
+    # model reads `tokens`, the policy sees `reconstructions` (bytes; the authors have floats).
     def __init__(self, args):
         n = args.collect_epochs * args.collect_steps + CHUNK  # the last chunk is tokenized whole
         with torch.device(args.device):
             self.frames = torch.zeros(n, 64, 64, 3, dtype=torch.uint8)
             self.actions = torch.zeros(n, dtype=torch.long)
             self.rewards = torch.zeros(n)
-            self.ends = torch.zeros(n, dtype=torch.long)
-            self.starts = torch.zeros(n, dtype=torch.long)  # first steps of the episodes
+            self.ends = torch.zeros_like(self.actions)
+            self.starts = torch.zeros_like(self.actions)  # first steps of the episodes
             self.tokens = torch.zeros(n, args.tokens_per_frame, dtype=torch.long)
-            self.reconstructions = torch.zeros(n, 64, 64, 3, dtype=torch.uint8)
+            self.reconstructions = torch.zeros_like(self.frames)
         self.size = self.episodes = 0
         self.tokenized = 0  # how many steps, from the first on, have tokens of the current tokenizer
 
@@ -283,7 +280,7 @@ class Replay:
         # episode is one of them. Then one of its steps s = 0, 1, ... is drawn, as the first of the
         # segment or as its last:
         #   "start", the world model:   s  s+1  s+2  -   -     padding if the episode ends too early
-        #   "end", the policy:          -   -    0  ...  s     padding if it begins too late
+        #   "end", the policy:          -   -    0   1   s     padding if it begins too late
         # Padding repeats the first or last step; losses and the policy's memory skip it.
         bounds = F.pad(self.starts[: self.episodes], (0, 1), value=self.size)  # (episodes + 1,)
         episode = torch.randint(self.episodes, (batch,), device=bounds.device)  # (B,)
@@ -308,20 +305,23 @@ def to_bytes(frames):
 
 
 # ---- 4. Tokenizer: a frame is K words (section 2.1, appendix A.1) --------------------------------
+Norm = partial(nn.GroupNorm, 32, eps=1e-6)  # Norm(channels)
+Conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)  # Conv3x3(channels in, channels out)
+
+
 class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions and a skip connection; (N, C, h, w) -> the same."""
+    """Two normalised 3x3 convolutions and a skip connection, then perhaps attention; (N, C, h, w) -> the same."""
 
     # The skip connection lets gradients through unchanged, so that many blocks can be stacked.
-    def __init__(self, channels):
+    def __init__(self, channels, attention=False):
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, channels, eps=1e-6)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(32, channels, eps=1e-6)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        layers = [Norm(channels), nn.SiLU(), Conv3x3(channels, channels)]
+        layers += [Norm(channels), nn.SiLU(), Conv3x3(channels, channels)]
+        self.layers = nn.Sequential(*layers)
+        self.attention = SpatialAttention(channels) if attention else nn.Identity()
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
+        return self.attention(x + self.layers(x))
 
 
 class SpatialAttention(nn.Module):
@@ -330,7 +330,7 @@ class SpatialAttention(nn.Module):
     # Convolutions look at neighbours; two paddles at opposite edges meet here.
     def __init__(self, channels):
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = Norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
@@ -342,36 +342,25 @@ class SpatialAttention(nn.Module):
         return x + self.proj_out(y[:, 0].transpose(1, 2).reshape(x.shape))
 
 
-def make_encoder(sizes, C, E):
-    """Table 2: frames (N, 3, 64, 64) -> latents (N, E, K), through the resolutions 64 .. g."""
-    layers = [nn.Conv2d(3, C, 3, padding=1)]
+def make_autoencoder(sizes, C, E):
+    """Table 2, with sizes 64 .. g: networks for frames (N, 3, 64, 64) -> latents (N, E, K), and back."""
+    encoder = [Conv3x3(3, C)]
     for size in sizes:
-        for _ in range(2):
-            layers.append(ResBlock(C))
-            if size in (8, 16):  # larger grids cost too much; size 4 has one in the middle, below
-                layers.append(SpatialAttention(C))
+        # attention would cost too much on larger grids; size 4 has one in the middle, below
+        encoder += [ResBlock(C, attention=size in (8, 16)) for _ in range(2)]
         if size > sizes[-1]:  # halve it; padded on the right and at the bottom only
-            layers += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(C, C, 3, stride=2)]
-    layers += [ResBlock(C), SpatialAttention(C), ResBlock(C)]
-    layers += [nn.GroupNorm(32, C, eps=1e-6), nn.SiLU(), nn.Conv2d(C, E, 3, padding=1)]
-    layers += [nn.Conv2d(E, E, 1), nn.Flatten(2)]  # (N, E, g, g) -> (N, E, K), row by row
-    return nn.Sequential(*layers)
-
-
-def make_decoder(sizes, C, E):
-    """Latents (N, E, K) -> frames (N, 3, 64, 64): backwards, one more block per resolution."""
-    layers = [nn.Unflatten(2, (sizes[-1], sizes[-1]))]  # (N, E, g, g)
-    layers += [nn.Conv2d(E, E, 1), nn.Conv2d(E, C, 3, padding=1)]
-    layers += [ResBlock(C), SpatialAttention(C), ResBlock(C)]
+            encoder += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(C, C, 3, stride=2)]
+    encoder += [ResBlock(C, attention=True), ResBlock(C)]
+    encoder += [Norm(C), nn.SiLU(), Conv3x3(C, E), nn.Conv2d(E, E, 1)]
+    encoder.append(nn.Flatten(2))  # (N, E, g, g) -> (N, E, K), row by row
+    decoder = [nn.Unflatten(2, (sizes[-1], sizes[-1]))]  # (N, E, g, g)
+    decoder += [nn.Conv2d(E, E, 1), Conv3x3(E, C), ResBlock(C, attention=True), ResBlock(C)]
     for size in reversed(sizes):
-        for _ in range(3):
-            layers.append(ResBlock(C))
-            if size in (8, 16):
-                layers.append(SpatialAttention(C))
+        decoder += [ResBlock(C, attention=size in (8, 16)) for _ in range(3)]  # one more
         if size < 64:
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(C, C, 3, padding=1)]
-    layers += [nn.GroupNorm(32, C, eps=1e-6), nn.SiLU(), nn.Conv2d(C, 3, 3, padding=1)]
-    return nn.Sequential(*layers)
+            decoder += [nn.Upsample(scale_factor=2), Conv3x3(C, C)]
+    decoder += [Norm(C), nn.SiLU(), Conv3x3(C, 3)]
+    return nn.Sequential(*encoder), nn.Sequential(*decoder)
 
 
 class Tokenizer(nn.Module):
@@ -381,8 +370,7 @@ class Tokenizer(nn.Module):
         super().__init__()
         E = 512
         sizes = [size for size in (64, 32, 16, 8, 4) if size >= math.isqrt(args.tokens_per_frame)]
-        self.encoder = make_encoder(sizes, 64, E)
-        self.decoder = make_decoder(sizes, 64, E)
+        self.encoder, self.decoder = make_autoencoder(sizes, 64, E)
         self.codebook = nn.Embedding(args.vocab_size, E)
         nn.init.uniform_(self.codebook.weight, -1 / args.vocab_size, 1 / args.vocab_size)
 
@@ -430,30 +418,12 @@ HEADS_NAME = "lpips_vgg-a78928a0.pth"  # in torch hub's cache; downloads must ha
 VGG_STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # torchvision's numbers
 
 
-def lpips(weights, x, y):
-    """How differently a VGG16 sees images x, y (N, 3, h, w) in [-1, 1] -> (N,); Zhang et al. 2018."""
-    # Without dropout, which the authors' code leaves on in training. In float32: bfloat16 distorts
-    # the gradient where x and y are close.
-    distance = 0
-    with torch.autocast(x.device.type, enabled=False):
-        images = [(image.float() - weights["shift"]) / weights["scale"] for image in (x, y)]
-        for stage, convolutions in enumerate(VGG_STAGES):
-            for i in convolutions:
-                kernel, bias = weights[f"features.{i}.weight"], weights[f"features.{i}.bias"]
-                images = [F.relu(F.conv2d(image, kernel, bias, padding=1)) for image in images]
-            a, b = [F.normalize(image, eps=1e-10) for image in images]
-            head = weights[f"lin{stage}.model.1.weight"]  # weights of the channels, fitted to people
-            distance = distance + F.conv2d((a - b).square(), head).mean((1, 2, 3))
-            images = [F.max_pool2d(image, 2) for image in images]
-    return distance
-
-
 def load_lpips(device):
-    """-> lpips(x, y) with its published weights, from torch hub's cache or the net."""
+    """-> lpips(x, y): how differently a VGG16 sees images (N, 3, h, w) in [-1, 1]; Zhang et al. 2018."""
     socket.setdefaulttimeout(30)  # seconds: a network that never answers must not hang the run
     # weights_only: code that a file may contain is never run.
     options = dict(map_location="cpu", weights_only=True, check_hash=True)
-    try:
+    try:  # torch hub's cache, or the net
         vgg = torch.hub.load_state_dict_from_url(VGG_URL, **options)
         heads = torch.hub.load_state_dict_from_url(HEADS_URL, file_name=HEADS_NAME, **options)
     except Exception as error:  # no network, a wrong hash, a damaged file
@@ -462,9 +432,25 @@ def load_lpips(device):
             f" into {torch.hub.get_dir()}/checkpoints, or do without: --no-perceptual-loss"
         ) from None
     weights = {name: x.to(device) for name, x in (vgg | heads).items() if "classifier" not in name}
-    weights["shift"] = torch.tensor([-0.030, -0.088, -0.188], device=device).view(3, 1, 1)
-    weights["scale"] = torch.tensor([0.458, 0.448, 0.450], device=device).view(3, 1, 1)
-    return partial(lpips, weights)
+    shift = torch.tensor([-0.030, -0.088, -0.188], device=device).view(3, 1, 1)
+    scale = torch.tensor([0.458, 0.448, 0.450], device=device).view(3, 1, 1)
+
+    # Without dropout, which the authors leave on. In float32: bfloat16 distorts gradients of close images.
+    @torch.autocast(device, enabled=False)
+    def lpips(x, y):
+        distance = 0  # (N,)
+        images = [(image.float() - shift) / scale for image in (x, y)]
+        for stage, convolutions in enumerate(VGG_STAGES):
+            for i in convolutions:
+                kernel, bias = weights[f"features.{i}.weight"], weights[f"features.{i}.bias"]
+                images = [F.relu(F.conv2d(image, kernel, bias, padding=1)) for image in images]
+            a, b = [F.normalize(image, eps=1e-10) for image in images]
+            head = weights[f"lin{stage}.model.1.weight"]  # channels' weights, fitted to human judgements
+            distance = distance + F.conv2d((a - b).square(), head).mean((1, 2, 3))
+            images = [F.max_pool2d(image, 2) for image in images]
+        return distance
+
+    return lpips
 
 
 # ---- 5. World model: Atari as a language (a GPT; section 2.2, appendix A.2) ----------------------
@@ -473,15 +459,14 @@ def load_lpips(device):
 #   input       z00  z01 ...  z0e  z0f     a0  |  z10  z11 ...  z1e  z1f     a1  |  z20 ...
 #   next token  z01  z02 ...  z0f    -    z10  |  z11  z12 ...  z1f    -    z20  |  z21 ...
 #   reward, end                         r0, e0 |                          r1, e1 |
-# z0f predicts no token: an action comes next, chosen by the policy. A token sees everything to its
-# left.
+# z0f predicts no token: the action that comes next is the policy's. A token sees all to its left.
 class Block(nn.Module):
     """Pre-norm transformer block: (B, S, D) -> the same."""
 
     def __init__(self, width, dropout, kv_heads):
         super().__init__()
         self.heads = 4
-        self.kv_heads = kv_heads  # those with keys and values of their own: in the paper, all four
+        self.kv_heads = kv_heads  # those with keys and values of their own: four; in part 9 one
         self.head_size = width // self.heads
         self.dropout = dropout
         self.ln1 = nn.LayerNorm(width)
@@ -500,24 +485,20 @@ class Block(nn.Module):
             cache[:, :, start : start + S] = kv
             kv = cache[:, :, : start + S]
         k, v = kv.chunk(2, dim=1)
-        if S == 1:  # heads that share their keys are so many queries of one head
+        if S == 1:  # heads that share keys are further queries of one head (else enable_gqa)
             q = q.reshape(B, self.kv_heads, -1, self.head_size)
         dropout = self.dropout if self.training else 0.0
         options = dict(is_causal=(S > 1), enable_gqa=(q.shape[1] > k.shape[1]))
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
-        y = y.reshape(B, self.heads, S, self.head_size)
-        y = self.proj(y.transpose(1, 2).flatten(2))  # (B, S, D)
-        x = x + F.dropout(y, dropout)
+        y = y.reshape(B, self.heads, S, self.head_size).transpose(1, 2).flatten(2)  # (B, S, D)
+        x = x + F.dropout(self.proj(y), dropout)
         return x + F.dropout(self.mlp(self.ln2(x)), dropout)
 
 
 class WorldModel(nn.Module):
     """GPT over frame tokens and actions, with heads for next token, reward and end."""
 
-    kv_heads = 4
-    init_std = 0.02  # GPT's
-
-    def __init__(self, args, num_actions):
+    def __init__(self, args, num_actions, kv_heads=4, std=0.02):
         super().__init__()
         D, K, V = args.width, args.tokens_per_frame, args.vocab_size
         self.tokens_per_frame = K
@@ -526,21 +507,19 @@ class WorldModel(nn.Module):
         self.action_embedding = nn.Embedding(num_actions, D)
         self.pos_emb = nn.Embedding(args.sequence_length * (K + 1), D)
         self.dropout = nn.Dropout(args.dropout)
-        blocks = [Block(D, args.dropout, self.kv_heads) for _ in range(args.layers)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(Block(D, args.dropout, kv_heads) for _ in range(args.layers))
         self.ln_f = nn.LayerNorm(D)
-        # Three questions about one hidden state, each answered by a small network.
-        self.head_token = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, V))
-        self.head_reward = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 3))  # -1, 0, 1
-        self.head_end = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 2))
+        # Three questions about one hidden state: the next token, the reward's sign (-1, 0, 1), the end.
+        heads = [nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, n)) for n in (V, 3, 2)]
+        self.head_token, self.head_reward, self.head_end = heads
         for name, parameter in self.named_parameters():
             if "ln" not in name:  # LayerNorms begin as the identity
-                nn.init.normal_(parameter, 0.0, self.init_std)
+                nn.init.normal_(parameter, 0.0, std)
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def token_vectors(self):
-        """-> the embeddings of the whole vocabulary (V, D)."""
+        """-> the embeddings of the whole vocabulary (V, D); part 9 adds to them."""
         return self.token_embedding.weight
 
     def embed(self, tokens, actions):
@@ -551,9 +530,9 @@ class WorldModel(nn.Module):
 
     def empty_caches(self, batch):
         """-> room for keys and values of all positions (layers, B, 2 kv_heads, S, hs)."""
-        weight = self.pos_emb.weight  # (S, D)
+        weight, block = self.pos_emb.weight, self.blocks[0]
         mixed = torch.is_autocast_enabled(weight.device.type)
-        shape = (len(self.blocks), batch, 2 * self.kv_heads, len(weight), weight.shape[1] // 4)
+        shape = (len(self.blocks), batch, 2 * block.kv_heads, len(weight), block.head_size)
         return weight.new_zeros(shape, dtype=torch.bfloat16 if mixed else torch.float32)
 
     def forward(self, x, caches=None, start=0):
@@ -568,8 +547,8 @@ class WorldModel(nn.Module):
         K = self.tokens_per_frame
         h = self(self.embed(tokens, actions)).unflatten(1, (-1, K + 1))  # (B, T, K + 1, D)
         at_action = h[:, :, K]
-        # Without the last frame token's position, K predictions a step are left. Prediction i is about
-        # frame token i + 1 of the segment, counted from 0: that of a0, i = 15, about z10.
+        # Without the last frame token's position, K a step are left. They predict, in order, the frame
+        # tokens 1, 2, ... T K of the segment; actions are not counted.
         predicting = torch.cat([h[:, :, : K - 1], h[:, :, K:]], dim=2)
         token_logits = self.head_token(predicting).flatten(1, 2).float()
         return token_logits, self.head_reward(at_action).float(), self.head_end(at_action).float()
@@ -581,8 +560,7 @@ class WorldModel(nn.Module):
     def loss(self, tokens, actions, rewards, ends, valid):
         """Segments (B, T, ...) -> loss, metrics; the sum of three means over what is valid."""
         token_logits, reward_logits, end_logits = self.predict(tokens, actions)
-        # The very first token is given; the last action predicts a frame beyond the segment.
-        # cross_entropy skips targets of -100.
+        # The first token is given; the last action predicts a frame beyond the segment. -100 is skipped.
         targets = tokens.masked_fill(~valid[..., None], -100).flatten(1)[:, 1:]  # (B, T K - 1)
         token_loss = F.cross_entropy(token_logits[:, :-1].flatten(0, 1), targets.flatten())
         # Only signs: games pay in ones or in thousands, and one learning rate has to suit all. (The
@@ -598,8 +576,7 @@ class WorldModel(nn.Module):
 # ---- 6. Actor-critic: learns in dreams, plays for real (section 2.3, appendices A.3 and B) -------
 def lambda_returns(rewards, values, ends, gamma, lambda_):
     """Appendix B: rewards and ends (B, H - 1), values (B, H) -> returns (B, H - 1)."""
-    # G_t = r_t + gamma (1 - end_t) ((1 - lambda) V_{t+1} + lambda G_{t+1}), from the back;
-    # after the last reward comes the last value.
+    # G_t = r_t + gamma (1 - end_t) ((1 - lambda) V_{t+1} + lambda G_{t+1}), back from the last value.
     returns = torch.empty_like(rewards)
     next_return = values[:, -1]
     for t in reversed(range(rewards.shape[1])):
@@ -612,16 +589,14 @@ def lambda_returns(rewards, values, ends, gamma, lambda_):
 class ActorCritic(nn.Module):
     """CNN and LSTM with a policy and a value head. Its memory, `state`, is (B, 2, L): h and c."""
 
-    size = 64  # side of what the CNN gets
-
-    def __init__(self, args, num_actions):
+    def __init__(self, args, num_actions, size=64):
         super().__init__()
         layers = []
         for channels, width in ((3, 32), (32, 32), (32, 64), (64, 64)):
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
+            layers += [Conv3x3(channels, width), nn.MaxPool2d(2), nn.ReLU()]
         self.cnn = nn.Sequential(*layers, nn.Flatten())  # (N, 3, 64, 64) -> (N, 1024)
         # One frame shows no motion: the LSTM has to remember where the ball came from.
-        self.lstm = nn.LSTMCell(64 * (self.size // 16) ** 2, args.lstm_size)
+        self.lstm = nn.LSTMCell(64 * (size // 16) ** 2, args.lstm_size)  # size: side of the frames
         self.actor = nn.Linear(args.lstm_size, num_actions)
         self.critic = nn.Linear(args.lstm_size, 1)
 
@@ -629,14 +604,10 @@ class ActorCritic(nn.Module):
         """An empty memory of `batch` players, (batch, 2, L)."""
         return self.actor.weight.new_zeros(batch, 2, self.lstm.hidden_size)
 
-    def features(self, frames):
-        """Reconstructed frames (N, 3, 64, 64) -> what the LSTM gets of each (N, features)."""
-        return self.cnn(frames)
-
     def forward(self, frames, state, valid=None):
         """Reconstructed frames (B, T, 3, 64, 64), memory before them -> logits (B, T, A), values
         (B, T), memory after them. Where `valid` (B, T) is false, on padding, memory is set to 0."""
-        features = self.features(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        features = self.cnn(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
         h, c = state.unbind(1)
         hidden = []
         with torch.autocast(frames.device.type, enabled=False):  # bfloat16's 8 bits are too few
@@ -647,12 +618,10 @@ class ActorCritic(nn.Module):
                     c = c * valid[:, t, None]
                 hidden.append(h)
             hidden = torch.stack(hidden, dim=1)  # (B, T, L)
-            logits = self.actor(hidden)
-            values = self.critic(hidden)[..., 0]
-            return logits, values, torch.stack([h, c], dim=1)
+            return self.actor(hidden), self.critic(hidden)[..., 0], torch.stack([h, c], dim=1)
 
     def scale(self, advantage, value_loss):
-        """Advantages (B, H - 1) -> how strongly each action is reinforced."""
+        """Advantages (B, H - 1), as they are; part 9 divides them by their RMS, sqrt(value_loss)."""
         return advantage
 
     def loss(self, dream, args):
@@ -667,8 +636,7 @@ class ActorCritic(nn.Module):
         weight = alive / alive.sum()
         log_policy = logits[:, :-1].log_softmax(-1)  # the last frame has a value, no action
         log_chosen = log_policy.gather(-1, dream["actions"][..., None])[..., 0]  # (B, H - 1)
-        # The critic learns the returns, the actor from the advantage, returns minus values: REINFORCE
-        # with a baseline.
+        # The critic learns the returns, the actor from returns minus values: REINFORCE with a baseline.
         advantage = returns - values[:, :-1]
         value_loss = (weight * advantage.square()).sum()
         policy_loss = -(weight * log_chosen * self.scale(advantage, value_loss).detach()).sum()
@@ -693,7 +661,12 @@ class Agent(nn.Module):
         self.world_model = classes[1](args, num_actions)
         self.actor_critic = classes[2](args, num_actions)
         self.actor_critic.cnn.to(memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
+        self.to(args.device).eval()
+        # What runs most often, faster (see accelerate).
+        self.act = accelerate(self.act, args)
+        self.dream = accelerate(partial(imagine, self, args.horizon - 1), args)
 
+    @torch.no_grad()
     def act(self, frames, state, temperature):
         """Real frames (N, 64, 64, 3), memory, temperature -> actions (N,), memory."""
         # The policy learned from reconstructions, so real frames go through the tokenizer for it.
@@ -716,11 +689,11 @@ def imagine(agent, steps, frames, valid, tokens, actions, forced_actions=None):
     """Dreams `steps` = H - 1 steps on from a real past -> dict of frames (B, H, 3, 64, 64) and tokens
     (B, H, K), both from the last real frame on; actions, rewards and ends (B, H - 1); state (B, 2, L),
     the policy's memory before the last real frame. forced_actions (B, H - 1) replace the policy's."""
-    # The policy has seen --burn-in + 1 reconstructed frames (B, m, 3, 64, 64), where `valid` (B, m)
-    # says so. The world model reads the tokens (B, n, K) of the last --context of them, n, and the
-    # actions (B, n - 1) between these. Then, `steps` times: the policy acts on the newest frame, and
-    # the world model predicts what that pays, whether it ends, and the next frame. The last frame only
-    # has a value: nothing is done in it. (In the authors' code something is, and its reward unused.)
+    # frames (B, m, 3, 64, 64) are m = --burn-in + 1 reconstructed real ones, padding where `valid` (B, m)
+    # is false; the last of them opens the dream. tokens (B, n, K) are those of the last n = --context
+    # frames, actions (B, n - 1) what was done between them. Then, `steps` times: the policy acts on the
+    # newest frame, the world model predicts reward, end and next frame. The last frame only has a value:
+    # nothing is done in it (the authors act there, to no effect).
     policy, world_model = agent.actor_critic, agent.world_model
     state = policy.initial_state(len(frames))
     if frames.shape[1] > 1:
@@ -743,8 +716,7 @@ def imagine(agent, steps, frames, valid, tokens, actions, forced_actions=None):
         dream["ends"].append(sample(world_model.head_end(h)).float())
         frame = []
         for _ in range(world_model.tokens_per_frame):
-            # The action's position predicts the first token, each token the next one. What the last
-            # token predicts is not used: an action follows it.
+            # The action predicts the first token, each token the next; an action follows the last one.
             frame.append(sample(world_model.head_token(h)))
             position += 1
             h = world_model(vectors[frame[-1]][:, None], caches, position)[:, 0]
@@ -756,23 +728,17 @@ def imagine(agent, steps, frames, valid, tokens, actions, forced_actions=None):
 
 
 def accelerate(function, args):
-    """Wraps a function of tensors: no gradient, mixed precision, on a GPU a graph for each shape."""
-
+    """Wraps a function of tensors that takes no gradient: mixed precision, on a GPU a graph per shape."""
     # A dream is tens of thousands of tiny kernels, each quicker to run than to launch. A CUDA graph
     # records them once and replays them in one go; a call overwrites the outputs of the one before.
-    def run(*inputs):
-        # Autocast inside, so that a graph casts the weights anew: a cast made before it would be of
-        # weights that have changed since.
-        with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, args.mixed_precision):
-            return function(*inputs)
-
+    # Autocast inside: a graph must cast the weights anew, since they change between its replays.
+    run = torch.autocast(args.device, torch.bfloat16, args.mixed_precision)(function)
     graphs = {}
 
     def run_graph(*inputs):
         shapes = tuple(x.shape for x in inputs)
         if shapes not in graphs:
-            # Recording draws random numbers too. A resumed run records later than one never
-            # stopped, but must draw the same ones.
+            # Recording draws random numbers. A resumed run records later, but must draw the same ones.
             with torch.random.fork_rng([torch.cuda.current_device()]):
                 static = tuple(x.clone() for x in inputs)  # later inputs are copied into these
                 graphs[shapes] = torch.cuda.make_graphed_callables(run, static)
@@ -786,15 +752,15 @@ SHOWN = "real_steps train_return tokenizer_loss token_loss dream_return entropy 
 
 
 def say(text, stream=None, end="\n"):
-    """Prints. Output that is closed, or a disk that is full, is no reason to stop a run."""
+    """Prints. Closed output or a full disk must not stop a run."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, end=end, file=stream or sys.stdout, flush=True)
+        print(text, end=end, file=stream, flush=True)
 
 
 def show(text):
     """Shows what is going on, in one line of the terminal, if there is one."""
     with contextlib.suppress(OSError):
-        width = os.get_terminal_size(2).columns - 1  # 2 is stderr
+        width = max(os.get_terminal_size(2).columns - 1, 1)  # 2 is stderr
         say(f"\r{text[:width]:{width}}\r", sys.stderr, end="")
 
 
@@ -825,20 +791,20 @@ def means(history):
     return {name: torch.stack([row[name] for row in history]).mean().item() for name in names}
 
 
-def collect(agent, act, game, replay, args):
+def collect(agent, game, replay, args):
     """Real steps, into the replay -> metrics."""
     temperature = torch.tensor(args.temperature, device=args.device)
     state = agent.actor_critic.initial_state(1)
     if not game.is_first:  # the weights have changed since the last epoch: rebuild the memory
         start = max(int(replay.starts[replay.episodes - 1]), replay.size - args.burn_in)
         for frame in replay.frames[start : replay.size]:
-            _, state = act(frame[None], state, temperature)
+            _, state = agent.act(frame[None], state, temperature)
     scores = []
     for _ in progress(args.collect_steps, "collect"):
         if game.is_first:
             state = agent.actor_critic.initial_state(1)
         # Exploration comes from the policy's entropy and a few random actions.
-        action, state = act(game.frame[None].to(args.device), state, temperature)
+        action, state = agent.act(game.frame[None].to(args.device), state, temperature)
         if torch.rand(1) < args.epsilon:
             action = torch.randint(game.num_actions, (1,))
         score = replay.record(game, int(action))
@@ -860,15 +826,14 @@ def train_tokenizer(agent, optimizer, replay, args, perceptual):
 
 @torch.no_grad()
 def tokenize_replay(agent, replay, args):
-    """Caches what the next two phases need of the tokenizer, which is frozen meanwhile."""
-    # Frames keep their tokens where the tokenizer has not changed since they got them.
+    """Tokenizes what the current tokenizer has not seen yet, for the two phases that follow."""
+    # A chunk that was not full is done again.
     for i in progress(math.ceil(replay.size / CHUNK), "tokens"):
         part = slice(i * CHUNK, (i + 1) * CHUNK)
         if part.stop > replay.tokenized:
             with torch.autocast(args.device, torch.bfloat16, args.mixed_precision):
-                tokens = agent.tokenizer.encode(to_network(replay.frames[part]))
-                replay.reconstructions[part] = to_bytes(agent.tokenizer.decode(tokens))
-            replay.tokens[part] = tokens
+                replay.tokens[part] = agent.tokenizer.encode(to_network(replay.frames[part]))
+                replay.reconstructions[part] = to_bytes(agent.tokenizer.decode(replay.tokens[part]))
     replay.tokenized = replay.size
 
 
@@ -876,7 +841,7 @@ def train_world_model(agent, optimizer, replay, args):
     """An epoch's updates on segments of T real steps -> metrics."""
     world_model = agent.world_model.train()  # with dropout
     # With the small preset's learning rate the weights never come to rest, so its epochs end with a
-    # moving average of them.
+    # moving average of the epoch's weights.
     average = AveragedModel(world_model, multi_avg_fn=get_ema_multi_avg_fn(args.weight_average))
     history = []
     for _ in progress(args.world_model_updates, "world model"):
@@ -892,61 +857,52 @@ def train_world_model(agent, optimizer, replay, args):
     return means(history)
 
 
-def train_actor_critic(agent, optimizer, replay, args, dreamer):
-    """An epoch's updates in dreams -> metrics. dreamer: `imagine`, accelerated."""
+def train_actor_critic(agent, optimizer, replay, args):
+    """An epoch's updates in dreams -> metrics."""
     policy = agent.actor_critic
-    order = torch.arange(args.actor_critic_batch, device=args.device)
     history = []
     for _ in progress(args.actor_critic_updates, "actor-critic"):
         # Dreams begin all over the replay: the policy practises wherever it has ever been.
         index, valid = replay.sample(args.actor_critic_batch, args.burn_in + 1, anchor="end")
         frames = to_network(replay.reconstructions[index])
         last = index[:, -args.context :]  # where the episode is shorter, its first step repeats
-        dream = dreamer(frames, valid, replay.tokens[last], replay.actions[last[:, :-1]])
-        # The paper makes one update of a batch. The small preset splits it into four minibatches,
-        # and ignores that after the first the policy is not quite the one that dreamt.
-        for part in order.split(args.actor_critic_minibatch):
-            minibatch = {name: x[part] for name, x in dream.items()}
+        dream = agent.dream(frames, valid, replay.tokens[last], replay.actions[last[:, :-1]])
+        # The paper makes one update of a batch. The small preset splits it into minibatches, and
+        # ignores that after the first the policy is not quite the one that dreamt.
+        for i in range(0, args.actor_critic_batch, args.actor_critic_minibatch):
+            minibatch = {name: x[i : i + args.actor_critic_minibatch] for name, x in dream.items()}
             history.append(update("actor_critic", policy, optimizer, args, minibatch, args))
     return means(history)
 
 
-def make_optimizers(agent, lr):
-    """-> dict of optimizers: AdamW for the transformer, Adam for the others; appendix A."""
-    # Weight decay is for the transformer's matrices only. Embeddings, gains and biases must keep their
-    # size: a rare word would otherwise fade between two uses.
-    parameters = dict(agent.world_model.named_parameters())
-    decayed = [p for name, p in parameters.items() if p.dim() == 2 and "emb" not in name]
-    others = [p for name, p in parameters.items() if p.dim() == 1 or "emb" in name]
-    groups = [dict(params=decayed, weight_decay=0.01), dict(params=others, weight_decay=0.0)]
-    return dict(  # fused: one kernel updates all parameters on a GPU
-        tokenizer=torch.optim.Adam(agent.tokenizer.parameters(), lr, fused=True),
-        world_model=torch.optim.AdamW(groups, lr, fused=True),
-        actor_critic=torch.optim.Adam(agent.actor_critic.parameters(), lr, fused=True),
-    )
+def make_optimizer(agent, lr):
+    """-> one optimizer for all networks; a step leaves those without gradients alone; appendix A."""
+    # Weight decay is for the transformer's matrices only (without it, AdamW is Adam). Embeddings, gains
+    # and biases must keep their size: a rare word would otherwise fade between two uses.
+    linear = [m.weight for m in agent.world_model.modules() if isinstance(m, nn.Linear)]
+    others = [weight for weight in agent.parameters() if weight not in set(linear)]
+    groups = [dict(params=linear, weight_decay=0.01), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr, fused=True)  # fused: one kernel updates all
 
 
 def train(args, folder, checkpoint):
     """The whole run: the phases of every epoch, a checkpoint after each, evaluations."""
     torch.manual_seed(args.seed)
     game = Game(args.env, args.seed * 100_000)
-    agent = Agent(args, game.num_actions).to(args.device).eval()
-    optimizers = make_optimizers(agent, args.learning_rate)
+    agent = Agent(args, game.num_actions)
+    optimizer = make_optimizer(agent, args.learning_rate)
     replay = Replay(args)
     history = []  # one row of metrics per epoch
     if checkpoint:
-        history = load_run(folder, checkpoint, agent, optimizers, game, replay)
+        history = load_run(folder, checkpoint, agent, optimizer, game, replay)
     perceptual = load_lpips(args.device) if args.perceptual_loss else None
     if not checkpoint:
         folder.mkdir(parents=True)  # an error if it exists: two runs never share a folder
-        save_run(folder, args, history, agent, optimizers, replay)  # even epoch 1 can be resumed
-    act = accelerate(agent.act, args)
-    dreamer = accelerate(partial(imagine, agent, args.horizon - 1), args)
+        save_run(folder, args, history, agent, optimizer, replay)  # even epoch 1 can be resumed
     size = sum(parameter.numel() for parameter in agent.parameters())
     say(f"{folder}: {args.preset} preset on {args.device}, {size:,} parameters")
     if args.epochs < args.actor_critic_start:
         say(f"The policy will not be trained: that would begin in epoch {args.actor_critic_start}.")
-
     for epoch in range(len(history) + 1, args.epochs + 1):
         # Every epoch has a seed of its own, so that a resumed run needs no generator's state.
         torch.manual_seed(args.seed * 100_000 + epoch)
@@ -955,18 +911,17 @@ def train(args, folder, checkpoint):
         # The tokenizer starts first, then the world model, which needs its tokens, then the policy,
         # which needs dreams worth learning from.
         if epoch <= args.collect_epochs:
-            row |= collect(agent, act, game, replay, args)
+            row |= collect(agent, game, replay, args)
         if epoch >= args.tokenizer_start:
-            row |= train_tokenizer(agent, optimizers["tokenizer"], replay, args, perceptual)
+            row |= train_tokenizer(agent, optimizer, replay, args, perceptual)
         if args.preset == "small":
             adapt(agent, replay)  # part 9
-        # The tokenizer is frozen from here on, until the next epoch.
         if epoch >= args.world_model_start:
-            tokenize_replay(agent, replay, args)
-            row |= train_world_model(agent, optimizers["world_model"], replay, args)
+            tokenize_replay(agent, replay, args)  # the tokenizer is frozen until the next epoch
+            row |= train_world_model(agent, optimizer, replay, args)
         # The policy learns in dreams only; real frames do no more than begin them.
         if epoch >= args.actor_critic_start:
-            row |= train_actor_critic(agent, optimizers["actor_critic"], replay, args, dreamer)
+            row |= train_actor_critic(agent, optimizer, replay, args)
         # A loss that is not finite has already spoilt the weights: stop before they are saved.
         for name, value in row.items():
             if not math.isfinite(value):
@@ -975,19 +930,18 @@ def train(args, folder, checkpoint):
         row |= dict(real_steps=replay.size, seconds=time.time() - begun)
         if epoch % args.eval_every == 0:
             path = folder / "media" / f"epoch_{epoch:03d}"
-            row["eval_return"] = evaluate(agent, act, args, args.eval_games, path)
+            row["eval_return"] = evaluate(agent, args, args.eval_games, path)
         history.append(row)
-        save_run(folder, args, history, agent, optimizers, replay)
+        save_run(folder, args, history, agent, optimizer, replay)
         shown = ", ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row)
         left = (args.epochs - epoch) * row["seconds"] / 60
         say(f"epoch {epoch}/{args.epochs}: {shown}, {left:.0f} min left at this pace")
-    evaluate(agent, act, args, args.final_games, folder / "eval")
+    evaluate(agent, args, args.final_games, folder / "eval")
 
 
 # ---- 9. The small preset: what a laptop needs besides --------------------------------------------
 # On a CPU dreams are slow and real steps are not: the small preset has smaller networks, more real
-# steps and fewer dreams. What else it takes is here, one class a network; .github/NOTES.md has the
-# experiments behind it.
+# steps and fewer dreams. What else it takes is here, a class a network (.github/NOTES.md says why).
 class LocalTokenizer(Tokenizer):
     """Each token sees and draws one square of the screen, and its code is a little picture."""
 
@@ -1011,32 +965,31 @@ class LocalTokenizer(Tokenizer):
         squares = self.encoder(x).transpose(1, 2).flatten(0, 1)  # (N K, E)
         codes = self.codebook.weight
         first = int(self.picked)
-        last = min(first + math.ceil(len(codes) / 4), len(codes))
+        quarter = codes[first : first + math.ceil(len(codes) / 4)]
         distance = torch.cdist(squares, codes[: max(first, 1)]).square().min(dim=1).values
-        for i in range(first, last, 16):
-            new = codes[i : min(i + 16, last)]
+        for new in quarter.split(16):
             new.copy_(squares[torch.multinomial(distance + 1e-9, len(new))])
             distance = distance.minimum(torch.cdist(squares, new).square().min(dim=1).values)
-        self.picked.fill_(last)
+        self.picked += len(quarter)
 
 
 class LocalWorldModel(WorldModel):
     """A world model that sees the pixels of its words, and learns faster."""
 
-    kv_heads = 1  # the four heads share keys and values: a dream reads a quarter of the cache
-    init_std = 0.08  # 0.02 makes a narrow network's first outputs tiny, and they take long to grow
-
     def __init__(self, args, num_actions):
-        super().__init__(args, num_actions)
+        # The four heads share keys and values: a dream reads a quarter of the cache. GPT's initial std,
+        # 0.02, makes a narrow network's first outputs tiny, and they take long to grow.
+        std = 0.08
+        super().__init__(args, num_actions, kv_heads=1, std=std)
         D, K = args.width, args.tokens_per_frame
         # A token is embedded by its square's pixels as well: what is learned about one token carries
         # over to all that look alike, which helps with rare rewards.
         self.project_pixels = nn.Linear(3 * 64 * 64 // K, D, bias=False)
-        nn.init.normal_(self.project_pixels.weight, 0.0, self.init_std)
+        nn.init.normal_(self.project_pixels.weight, 0.0, std)
         self.register_buffer("codes", torch.zeros(args.vocab_size, 3 * 64 * 64 // K))  # set by adapt
-        # Positions begin as step + place in the step: what is learned at one step applies at all.
-        steps = self.init_std * torch.randn(args.sequence_length, 1, D)
-        places = self.init_std * torch.randn(K + 1, D)
+        # Positions begin as step + place in the step: what is learned at one step holds at every step.
+        steps = std * torch.randn(args.sequence_length, 1, D)
+        places = std * torch.randn(K + 1, D)
         self.pos_emb.weight.data.copy_((steps + places).flatten(0, 1))
 
     def token_vectors(self):
@@ -1054,31 +1007,29 @@ class LocalWorldModel(WorldModel):
 class WhitenedActorCritic(ActorCritic):
     """A policy that sees what moves."""
 
-    size = 32
-
     def __init__(self, args, num_actions):
-        super().__init__(args, num_actions)
-        self.register_buffer("mean", torch.zeros(3, self.size, self.size))
-        self.register_buffer("std", torch.ones(3, self.size, self.size))
-        # torch's own weights shrink the differences between frames to a few percent: in so few updates
+        super().__init__(args, num_actions, size=32)  # each pixel is the mean of four
+        self.register_buffer("mean", torch.zeros(3, 32, 32))
+        self.register_buffer("std", torch.ones(3, 32, 32))
+        # torch's default weights shrink differences between frames to a few percent: in so few updates
         # a policy that begins with them learns nothing.
-        for name, parameter in self.cnn.named_parameters():
-            if name.endswith("weight"):
+        for parameter in self.cnn.parameters():
+            if parameter.dim() > 1:  # not a bias
                 nn.init.orthogonal_(parameter, math.sqrt(2))
         nn.init.orthogonal_(self.lstm.weight_ih)
 
     def measure(self, frames):
         """Takes each pixel's mean and standard deviation over frames (N, 3, 64, 64)."""
-        pixels = F.avg_pool2d(frames, 64 // self.size)
+        pixels = F.avg_pool2d(frames, 2)
         self.mean.copy_(pixels.mean(0))
         # 0.05^2 keeps pixels that hardly ever change from being blown up.
         self.std.copy_((pixels.var(0, correction=0) + 0.05**2).sqrt())
 
-    def features(self, frames):
-        """Pixels as differences from their means, in standard deviations, at most 5 of them."""
+    def forward(self, frames, state, valid=None):
+        """Sees pixels as differences from their means, in standard deviations, at most 5 of them."""
         # Two frames of a game differ in few pixels: the common background would dominate.
-        pixels = F.avg_pool2d(frames, 64 // self.size)
-        return super().features(((pixels - self.mean) / self.std).clamp(-5, 5))
+        pixels = F.avg_pool2d(frames.flatten(0, 1), 2).unflatten(0, frames.shape[:2])
+        return super().forward(((pixels - self.mean) / self.std).clamp(-5, 5), state, valid)
 
     def scale(self, advantage, value_loss):
         """Advantages divided by their RMS: then entropy weighs the same in all games."""
@@ -1088,12 +1039,13 @@ class WhitenedActorCritic(ActorCritic):
 @torch.no_grad()
 def adapt(agent, replay):
     """Once an epoch: the three networks take what they need from the real frames so far."""
+    tokenizer = agent.tokenizer
     x = to_network(replay.frames[torch.randperm(replay.size)[:4096]])
-    if agent.tokenizer.picked < len(agent.tokenizer.codebook.weight):
-        agent.tokenizer.pick_codes(x)
+    if tokenizer.picked < len(tokenizer.codebook.weight):
+        tokenizer.pick_codes(x)
         replay.tokenized = 0
-    agent.world_model.codes.copy_(agent.tokenizer.codebook.weight)
-    agent.actor_critic.measure(agent.tokenizer.decode(agent.tokenizer.encode(x[:2048])))
+    agent.world_model.codes.copy_(tokenizer.codebook.weight)
+    agent.actor_critic.measure(tokenizer.decode(tokenizer.encode(x[:2048])))
 
 
 # ---- 10. Evaluation: whole real games ------------------------------------------------------------
@@ -1111,10 +1063,9 @@ Seaquest 68.4 42054.7 661.32 | UpNDown 533.4 11693.2 3546.2
 """
 
 
-def play_games(agent, act, args, games):
+def play_games(agent, args, games):
     """Whole games side by side -> returns (games,), and 300 frames, actions, rewards of the first."""
-    # All games start at once, and we wait for the longest: to take the first n that finish would
-    # favour short games, usually lost ones.
+    # All games start at once, and we wait for the longest: the first to finish are usually lost ones.
     env = make_env(args.env, games, training=False)
     # Not training's seeds, though without no-ops the emulator uses none: only actions are random.
     seeds = args.seed * 100_000 + 50_000 + np.arange(games)
@@ -1130,7 +1081,7 @@ def play_games(agent, act, args, games):
         show(f"evaluation: step {step}, {playing.sum()} of {games} games are not over yet")
         resized = resize(frames)
         # The policy's memory begins empty and lasts for the whole game, across lives.
-        actions, state = act(resized.to(args.device), state, temperature)
+        actions, state = agent.act(resized.to(args.device), state, temperature)
         actions = actions.cpu()
         frames, rewards, terminated, truncated, _ = env.step(actions.numpy())
         returns += rewards * playing  # a game that is over waits for the others
@@ -1141,23 +1092,23 @@ def play_games(agent, act, args, games):
     return returns, [torch.stack(column).to(args.device) for column in zip(*recording)]
 
 
-def evaluate(agent, act, args, games, path, **more):
+def evaluate(agent, args, games, path, **more):
     """Plays whole games, prints the score, writes PATH.json, and the pictures -> the mean score."""
-    returns, recording = play_games(agent, act, args, games)
+    returns, recording = play_games(agent, args, games)
     mean = float(returns.mean())
-    result = dict(game=args.env, seed=args.seed, temperature=args.eval_temperature, mean=mean)
+    result = dict(game=args.env, seed=args.seed, temperature=args.eval_temperature, mean=mean, **more)
     line = f"{args.env}: {mean:.1f}"
-    if returns.std() > 0:  # half of the 95 % interval of the mean; none if all games are alike
+    if returns.std() > 0:  # half of the 95 % interval of the mean; none if all scores are equal
         result["interval"] = float(1.96 * returns.std() / math.sqrt(games - 1))
         line += f" +- {result['interval']:.1f} (95 %)"
     line += f", games: {games}"
     known = re.search(rf"\b{args.env} (\S+) (\S+) (\S+)", SCORES)
     if known:  # games become comparable on a scale where 0 is random play and 1 a human
-        random, human, iris = (float(score) for score in known.groups())
+        random, human, iris = map(float, known.groups())
         line += f"; random {random}, human {human}, IRIS {iris}"
         line += f"; normalised {(mean - random) / (human - random):.3f}"
     say(f"{line} ({path}.json, .png, .webp)")
-    result = dict(result, returns=returns.tolist(), **more)
+    result["returns"] = returns.tolist()
     write(path.with_suffix(".json"), json.dumps(result, indent=1).encode())
     if len(recording[0]) > 1:
         write_pictures(agent, args, recording, path)
@@ -1166,7 +1117,7 @@ def evaluate(agent, act, args, games, path, **more):
 
 # ---- 11. Files: a checkpoint has all that the next epoch needs -----------------------------------
 def write(path, data):
-    """Writes bytes. A file that cannot be written is reported, and no reason to stop a run."""
+    """Writes bytes. A file that cannot be written is reported, but does not stop the run."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -1174,25 +1125,22 @@ def write(path, data):
         say(f"iris.py: not written: {error}", sys.stderr)
 
 
-def save_run(folder, args, history, agent, optimizers, replay):
+def save_run(folder, args, history, agent, optimizer, replay):
     """Writes checkpoint.pt (an OSError stops the run), and metrics.csv for people."""
-    # Flags, weights, the optimizers' averages, and the actions so far: frames and tokens follow from
-    # them (see Game). The rewards follow, too; load_run compares them.
+    # Frames and tokens follow from the actions (see Game). So do the rewards, which load_run compares.
     flags = {k: v for k, v in vars(args).items() if k not in ("resume", "eval")}
-    state = dict(args=flags, history=history, agent=agent.state_dict())
-    state["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+    state = dict(args=flags, history=history, agent=agent.state_dict(), optimizer=optimizer.state_dict())
     state["actions"] = replay.actions[: replay.size].clone()
     state["rewards"] = replay.rewards[: replay.size].clone()
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # on a full disk, torch.save to a file would end in an error of its own
     torch.save(state, buffer)
-    # All or nothing, even in a power cut: a rename is atomic, a write is not, and fsync puts the data
-    # on disk before the rename. No other process uses this name.
+    # All or nothing, even in a power cut: a rename is atomic, a write is not. The name is this process's.
     temporary = folder / f"checkpoint.pt.{os.getpid()}-{time.time_ns()}"
     try:
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # on disk before the rename
         os.replace(temporary, folder / "checkpoint.pt")
     finally:
         temporary.unlink(missing_ok=True)
@@ -1222,13 +1170,12 @@ def load_weights(run, checkpoint, agent):
         raise InputError(f"{run} was written by another version: {str(error)[:150]}") from None
 
 
-def load_run(run, checkpoint, agent, optimizers, game, replay):
+def load_run(run, checkpoint, agent, optimizer, game, replay):
     """Restores everything that a run's checkpoint holds -> history."""
     load_weights(run, checkpoint, agent)
-    if "optimizers" not in checkpoint:
+    if "optimizer" not in checkpoint:
         raise InputError(f"{run} has only weights, for --eval, and cannot be resumed")
-    for name, optimizer in optimizers.items():
-        optimizer.load_state_dict(checkpoint["optimizers"][name])
+    optimizer.load_state_dict(checkpoint["optimizer"])
     # Playing 100,000 steps again takes two minutes; their frames would be 1.2 GB on disk.
     actions = checkpoint["actions"].tolist()
     for i in progress(len(actions), "play again"):
@@ -1256,16 +1203,13 @@ def write_pictures(agent, args, recording, path):
     # One dream after another: each knows T / 2 steps, and dreams the T / 2 that follow.
     T = min(args.sequence_length, len(frames))
     known = T // 2
-    firsts = torch.arange(0, len(frames) - T + 1, T - known, device=frames.device)
-    index = firsts[:, None] + torch.arange(T, device=frames.device)  # (B, T)
+    index = torch.arange(len(frames), device=frames.device).unfold(0, T, T - known)  # (B, T)
     past, future = index[:, :known], index[:, known - 1 :]  # the last known frame is in both
     pasts = decoded[past], torch.ones_like(past), tokens[past], actions[past[:, :-1]]
     torch.manual_seed(args.seed)
     dream = imagine(agent, T - known, *pasts, actions[future[:, :-1]])
-
-    # (3 rows, B, T / 2 + 1, 3, 64, 64), the last known frame first
+    # The film: real, decoded from its tokens, dreamt; (3 rows, B, T / 2 + 1, 3, 64, 64)
     rows = torch.stack([real[future], decoded[future], dream["frames"]])
-    # The film: real, decoded from its tokens, dreamt.
     film = cv2.Animation()
     steps = rows[:, :, 1:].flatten(1, 2).transpose(0, 1)  # (B T / 2, 3, 3, 64, 64)
     film.frames = [draw(step[None], 3) for step in steps]
@@ -1274,53 +1218,45 @@ def write_pictures(agent, args, recording, path):
     _, data = cv2.imencodeanimation(".webp", film, lossless)
     write(path.with_suffix(".webp"), data.tobytes())
     # The picture: the same in rows, four moments of the first dream in which something is really
-    # paid, since rewards are what most dreams lack.
-    paid = (rewards[future[:, :-1]] != 0).any(1)  # (B,)
-    b = int(paid.float().argmax())
-    moments = torch.linspace(0, T - known, 4, device=frames.device).long()
+    # paid, if there is one.
+    b = int((rewards[future[:, :-1]] != 0).any(1).float().argmax())
+    moments = torch.linspace(0, T - known, 4).long()
     _, data = cv2.imencode(".png", draw(rows[:, b, moments], 4))
     write(path.with_suffix(".png"), data.tobytes())
 
 
 # ---- 13. Command line ----------------------------------------------------------------------------
-def evaluate_run(args, run, checkpoint):
-    """--eval: scores a run and draws its dreams, beside what training wrote."""
-    num_actions = int(make_env(args.env).single_action_space.n)
-    agent = Agent(args, num_actions).to(args.device).eval()
-    load_weights(run, checkpoint, agent)
-    flags, saved = vars(args), checkpoint["args"]
-    changed = {name: flags[name] for name in saved if flags[name] != saved[name]}
-    path = run / time.strftime("eval-%Y%m%d-%H%M%S")  # eval.json is training's own
-    act = accelerate(agent.act, args)
-    evaluate(agent, act, args, args.final_games, path, changed_flags=changed)
-
-
 def main(argv=None):
-    """Command line -> exit code: 0 done, 2 it cannot go on (a line says why), 130 stopped."""
-    # The one place where errors become one-line messages. Mistakes in the program stay tracebacks.
-    folder = None
+    """Command line -> exit code: 0 done, 2 failed (a line says why), 130 stopped."""
+    # The one place where exceptions become one-line messages. Bugs still give tracebacks.
+    folder, code = None, 2
     try:
         args, checkpoint = parse_args(argv)
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each of a dream's 300 shapes
         if args.eval:
-            evaluate_run(args, args.eval, checkpoint)
-            return 0
-        moment = time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
-        name = f"{args.env.replace('/', '-')}__{args.seed}__{moment}"
-        folder = args.resume or Path(args.run_dir).expanduser() / name
-        train(args, folder, checkpoint)
+            agent = Agent(args, Game(args.env, 0).num_actions)
+            load_weights(args.eval, checkpoint, agent)
+            saved = checkpoint["args"]
+            changed = {k: v for k, v in vars(args).items() if v != saved.get(k, v)}
+            path = args.eval / time.strftime("eval-%Y%m%d-%H%M%S")  # eval.json is training's own
+            evaluate(agent, args, args.final_games, path, changed_flags=changed)
+        else:
+            moment = time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
+            name = f"{args.env.replace('/', '-')}__{args.seed}__{moment}"
+            folder = args.resume or Path(args.run_dir).expanduser() / name
+            train(args, folder, checkpoint)
         return 0
     except KeyboardInterrupt:
         code, message = 130, "stopped"
     except InputError as error:
-        code, message, folder = 2, str(error), None  # to resume would not help
+        folder, message = None, str(error)  # resuming would not help
     except (OSError, MemoryError, RuntimeError) as error:
         # Only RuntimeErrors of a GPU or of an allocator are the machine's fault.
         machine = isinstance(error, torch.AcceleratorError) or "alloc" in str(error).lower()
         if isinstance(error, RuntimeError) and not machine:
             raise
-        code, message = 2, str(error) or "out of memory"
+        message = str(error) or "out of memory"
         if isinstance(error, FileExistsError):
             folder = None  # it is another run's
     say("iris.py: error: " + " ".join(message.split())[:600], sys.stderr)

@@ -24,6 +24,7 @@ import types
 import zlib
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import ale_py
 import cv2
@@ -62,10 +63,11 @@ def close(actual, expected, rtol=1e-3, atol=2e-6):
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, check_dtype=False)
 
 
-def bold_agent(args):
-    """An agent whose outputs depend strongly on its inputs; those of fresh networks hardly do."""
+def bold_agent(*flags):
+    """-> flags, and an agent whose outputs depend strongly on its inputs; those of fresh networks hardly do."""
+    args = tiny_args(*flags)
     torch.manual_seed(0)
-    agent = iris.Agent(args, 6).eval()
+    agent = iris.Agent(args, 6)
     with torch.no_grad():
         for network in (agent.world_model, agent.actor_critic):
             for parameter in network.parameters():
@@ -73,7 +75,7 @@ def bold_agent(args):
         agent.tokenizer.codebook.weight.normal_()
         if args.preset == "small":
             agent.world_model.codes.copy_(agent.tokenizer.codebook.weight)
-    return agent
+    return args, agent
 
 
 def random_text(args, batch=2, steps=6):
@@ -268,7 +270,7 @@ def test_segments(anchor, steps):
 # ---- Tokenizer -----------------------------------------------------------------------------------
 def test_tokenizer_loss(monkeypatch):
     """Loss and gradients are a naive version's; the decoder's passes straight to the latents."""
-    tokenizer = bold_agent(tiny_args("--preset", "paper")).tokenizer
+    tokenizer = bold_agent("--preset", "paper")[1].tokenizer
     x = torch.rand(3, 3, 64, 64) * 2 - 1
     z = torch.randn(3, 512, 16, requires_grad=True)
     monkeypatch.setattr(tokenizer.encoder, "forward", lambda _: z)
@@ -300,8 +302,8 @@ def test_tokenizer_loss(monkeypatch):
 @PRESETS
 def test_cached_steps_equal_the_full_pass(preset):
     """A beginning and then single positions, through a cache, give the hidden states of one pass."""
-    args = tiny_args("--layers", "3", "--preset", preset)
-    world_model = bold_agent(args).world_model
+    args, agent = bold_agent("--layers", "3", "--preset", preset)
+    world_model = agent.world_model
     x = world_model.embed(*random_text(args))  # 6 x 17 positions: all there are
     full = world_model(x)
     caches = world_model.empty_caches(2)
@@ -316,17 +318,26 @@ def test_cached_steps_equal_the_full_pass(preset):
 
 @PRESETS
 def test_optimizers(preset):
-    """Every parameter is in one optimizer, once; only weights of the transformer's linear layers decay."""
-    agent = bold_agent(tiny_args("--preset", preset))
-    optimizers = iris.make_optimizers(agent, 1e-3)
-    decayed = set()
-    for name, network in agent.named_children():
-        groups = optimizers[name].param_groups
-        held = [(id(p), group["weight_decay"]) for group in groups for p in group["params"]]
-        assert sorted(number for number, _ in held) == sorted(id(p) for p in network.parameters())
-        decayed |= {number for number, decay in held if decay == 0.01}
-    linear = [x for x in agent.world_model.modules() if isinstance(x, torch.nn.Linear)]
-    assert decayed == {id(x.weight) for x in linear}
+    """The optimizer has every parameter once; only matrices of the transformer decay, none of its embeddings."""
+    agent = bold_agent("--preset", preset)[1]
+    groups = iris.make_optimizer(agent, 1e-3).param_groups
+    held = [(id(p), group["weight_decay"]) for group in groups for p in group["params"]]
+    assert sorted(number for number, _ in held) == sorted(id(p) for p in agent.parameters())
+    named = agent.world_model.named_parameters()
+    matrices = {id(p) for name, p in named if p.dim() == 2 and "emb" not in name}
+    assert {number for number, decay in held if decay != 0} == matrices
+    assert {decay for _, decay in held} == {0.0, 0.01}
+
+
+def test_networks_learn_alone():
+    """A step of one network moves none of the others, although they share an optimizer with momentum."""
+    args, agent = bold_agent("--world-model-updates", "2", "--actor-critic-updates", "2", "--actor-critic-batch", "4")
+    optimizer = iris.make_optimizer(agent, 1e-3)
+    for name in ("world_model", "actor_critic", "world_model"):
+        before = {key: x.clone() for key, x in agent.state_dict().items()}
+        getattr(iris, f"train_{name}")(agent, optimizer, filled_replay(), args)
+        changed = {key.split(".")[0] for key, x in agent.state_dict().items() if not torch.equal(x, before[key])}
+        assert changed == {name}
 
 
 # ---- Actor-critic --------------------------------------------------------------------------------
@@ -356,8 +367,8 @@ def naive_policy_loss(policy, dream, args):
 @PRESETS
 def test_actor_critic_loss(preset):
     """Loss and gradients are a naive version's; nothing is learned from what follows an end."""
-    args = tiny_args("--entropy-coef", "0.3", "--preset", preset)
-    policy = bold_agent(args).actor_critic
+    args, agent = bold_agent("--entropy-coef", "0.3", "--preset", preset)
+    policy = agent.actor_critic
     parameters = list(policy.parameters())
     ends = torch.zeros(4, 4)
     ends[1, 1] = ends[1, 3] = ends[2, 3] = 1
@@ -416,8 +427,7 @@ def naive_dream(agent, tokens, past_actions, frame, state, steps, actions=None, 
 @pytest.mark.parametrize("flags", ["--layers 2", "--tokens-per-frame 64", "--preset paper --tokens-per-frame 64"])
 def test_dream_equals_step_by_step(context, forced, flags):
     """With the same random numbers, a dream is the one by the book; padding has no part in it."""
-    args = tiny_args(*flags.split())
-    agent = bold_agent(args)
+    args, agent = bold_agent(*flags.split())
     torch.manual_seed(1)
     steps = args.sequence_length - context  # as many as there are positions for
     tokens, actions = random_text(args, 3, context)
@@ -450,9 +460,9 @@ def test_dream_equals_step_by_step(context, forced, flags):
 @pytest.mark.parametrize("mixed", ["--mixed-precision", "--no-mixed-precision"])
 def test_cuda_graph(mixed, monkeypatch):
     """Dreams through the CUDA graph are those without, for new inputs and new weights too."""
-    args = tiny_args(mixed)
+    args, agent = bold_agent(mixed)
     args.device = "cuda"
-    agent = bold_agent(args).cuda()
+    agent.cuda()
     monkeypatch.setattr(iris, "sample", lambda logits: logits.argmax(-1))  # nothing random is left
     plain = partial(iris.imagine, agent, args.horizon - 1)
     graph = iris.accelerate(plain, args)
@@ -486,8 +496,7 @@ def test_update():
 
 def test_dreams_begin_in_the_replay(monkeypatch):
     """Training's dreams know the last frames that the policy has seen; each is in one update."""
-    args = tiny_args("--actor-critic-updates", "1", "--actor-critic-minibatch", "24")
-    agent = bold_agent(args)
+    args, agent = bold_agent("--actor-critic-updates", "1", "--actor-critic-minibatch", "24")
     replay = filled_replay()
     steps = torch.arange(len(replay.tokens))
     replay.tokens[:] = steps[:, None]  # the step is written into tokens and frames
@@ -496,11 +505,12 @@ def test_dreams_begin_in_the_replay(monkeypatch):
     seen, parts = [], []
     monkeypatch.setattr(iris, "update", lambda *inputs: parts.append(inputs[4]) or {})
 
-    def dreamer(*past):
+    def dream(*past):
         seen.append(past)
         return dict(numbers=torch.arange(64))
 
-    iris.train_actor_critic(agent, None, replay, args, dreamer)
+    agent.dream = dream
+    iris.train_actor_critic(agent, None, replay, args)
     ((frames, valid, tokens, actions),) = seen
     shades = iris.to_bytes(frames)[:, :, 0, 0].long()
     index = shades[..., 0] + 256 * shades[..., 1]  # (64, 5) steps of the replay
@@ -515,8 +525,7 @@ def test_dreams_begin_in_the_replay(monkeypatch):
 @torch.no_grad()
 def test_tokens_of_old_frames(monkeypatch):
     """Frames keep their tokens while the tokenizer stays as it is, and get new ones when it changes."""
-    args = tiny_args("--collect-steps", "900")
-    agent = bold_agent(args)
+    args, agent = bold_agent("--collect-steps", "900")
     replay = iris.Replay(args)
     replay.frames[:] = torch.randint(256, replay.frames.shape, dtype=torch.uint8)
     encode, encoded = agent.tokenizer.encode, []
@@ -536,10 +545,9 @@ def test_tokens_of_old_frames(monkeypatch):
 @pytest.mark.parametrize("decay", [0.0, 0.75])
 def test_average_of_the_weights(decay):
     """The world model ends an epoch with the moving average of its weights; the paper's, with the last ones."""
-    args = tiny_args("--weight-average", str(decay), "--world-model-updates", "3")
-    agent = bold_agent(args)
+    args, agent = bold_agent("--weight-average", str(decay), "--world-model-updates", "3")
     weight, seen = agent.world_model.pos_emb.weight, []
-    optimizer = iris.make_optimizers(agent, 1e-3)["world_model"]
+    optimizer = iris.make_optimizer(agent, 1e-3)
     optimizer.register_step_post_hook(lambda *_: seen.append(weight.detach().clone()))
     iris.train_world_model(agent, optimizer, filled_replay(), args)
     first, second, third = seen
@@ -589,8 +597,7 @@ def test_picked_codes(side):
 @torch.no_grad()
 def test_pixels_of_local_tokens():
     """A local token is embedded as itself and by its code's pixels, centred and scaled."""
-    args = tiny_args()
-    agent = bold_agent(args)
+    args, agent = bold_agent()
     tokens, actions = random_text(args)
     codes = agent.tokenizer.codebook.weight
     pixels = (codes - codes.mean(0)) / codes.var(0, correction=0).sum().sqrt()
@@ -603,7 +610,7 @@ def test_pixels_of_local_tokens():
 @torch.no_grad()
 def test_whitened_pixels():
     """What the small preset's policy sees of a frame: distances from the mean, in standard deviations."""
-    policy = bold_agent(tiny_args()).actor_critic
+    policy = bold_agent()[1].actor_critic
     seen = []
     policy.cnn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     scale = torch.rand(3, 64, 64) * (torch.rand(3, 64, 64) > 0.3)  # some pixels never change
@@ -613,7 +620,7 @@ def test_whitened_pixels():
     pooled = frames.view(50, 3, 32, 2, 32, 2).mean((3, 5))
     distance = (pooled - pooled.mean(0)) / (pooled.var(0, correction=0) + 0.05**2).sqrt()
     for x in (frames, 10 * frames):
-        policy.features(x)
+        policy(x[:, None], policy.initial_state(50))
     close(seen[0], distance.clamp(-5, 5), 1e-3, 1e-4)
     assert seen[0].std() > 0.5
     assert seen[1].abs().max() == 5
@@ -641,15 +648,13 @@ class ScriptedGames:
 
 def test_evaluation(monkeypatch, tmp_path, capfd):
     """Games count to their last step, and not beyond it; the figures are those by hand; short games have pictures."""
-    args = tiny_args()
-    agent = bold_agent(args)
-    act = iris.accelerate(agent.act, args)
+    args, agent = bold_agent()
     env = ScriptedGames([3, 5, 4])
     monkeypatch.setattr(iris, "make_env", lambda env_id, games, training: env)
-    _, (frames, actions, rewards) = iris.play_games(agent, act, args, 3)
+    _, (frames, actions, rewards) = iris.play_games(agent, args, 3)
     assert frames[:, 0, 0, 0].tolist() == [0, 1, 2]
     assert len(actions) == rewards.sum() == 3 < args.horizon < args.sequence_length
-    assert iris.evaluate(agent, act, args, 3, tmp_path / "a") == pytest.approx(25 / 3)
+    assert iris.evaluate(agent, args, 3, tmp_path / "a") == pytest.approx(25 / 3)
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["returns"] == [3, 10, 12]
     assert result["interval"] == pytest.approx(1.96 * np.std([3, 10, 12], ddof=1) / math.sqrt(3))
@@ -660,7 +665,7 @@ def test_evaluation(monkeypatch, tmp_path, capfd):
     seeds = set(env.seeds)
     env.lengths = np.array([2])  # one game has no interval, an unknown one no score to compare with
     args.env, args.seed = "Klax", 2
-    iris.evaluate(agent, act, args, 1, tmp_path / "b")
+    iris.evaluate(agent, args, 1, tmp_path / "b")
     assert not re.search("[+]-|human", capfd.readouterr().out)
     assert not seeds & set(env.seeds)  # other games
 
@@ -766,7 +771,8 @@ def test_whole_training(whole_run):
         assert (whole_run / f"{name}.webp").exists()
     game, again = (iris.Game("Pong", args.seed * 100_000) for _ in range(2))
     replay = iris.Replay(args)
-    iris.load_run(whole_run, checkpoint, iris.Agent(args, 6), {}, again, replay)
+    agent = iris.Agent(args, 6)
+    iris.load_run(whole_run, checkpoint, agent, iris.make_optimizer(agent, 1e-3), again, replay)
     for i, action in enumerate(checkpoint["actions"].tolist()):
         same(replay.frames[i], game.frame)
         assert game.step(action)[:2] == (replay.rewards[i], replay.ends[i])
@@ -814,12 +820,8 @@ def test_stopped_and_resumed(how, whole_run, tmp_path):
 @pytest.mark.parametrize("name", ["my  runs", "-dash", "it's $HOME"])
 def test_hint_can_be_pasted(name, tmp_path, capfd, monkeypatch):
     """Whatever the folder's name is, a shell gives it back; a run stopped in its first epoch has a hint, too."""
-
-    def stop(*inputs):
-        raise KeyboardInterrupt
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(iris, "collect", stop)
+    monkeypatch.setattr(iris, "collect", Mock(side_effect=KeyboardInterrupt))
     assert run_main(*TINY, *SCHEDULE, f"--run-dir={name}") == 130
     _, flags = error_of(capfd, hint=True)
     args, checkpoint = iris.parse_args(flags)
@@ -863,11 +865,8 @@ def test_eval(a_run, capfd, monkeypatch):
         for path in made:
             path.unlink()
     assert len(result["returns"]) == 1
-
-    def refuse(path, data):
-        raise OSError(30, "Read-only file system", str(path))
-
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    refusal = OSError(30, "Read-only file system", str(a_run))
+    monkeypatch.setattr(Path, "write_bytes", Mock(side_effect=refusal))
     assert run_main("--eval", a_run, "--final-games", 1) == 0
     captured = capfd.readouterr()
     assert captured.out.startswith("Pong: ")
@@ -893,12 +892,8 @@ def test_loss_that_is_not_finite(tmp_path, capfd, monkeypatch):
 def test_full_disk(whole_run, a_run, capfd, monkeypatch):
     """A disk that is full: the checkpoint before stays, no half of one is left, and the run can go on."""
     before = contents(a_run)
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
         assert run_main("--resume", a_run, "--epochs", 5) == 2
     line, flags = error_of(capfd, hint=True)
     assert "No space left" in line
@@ -920,8 +915,7 @@ def test_closed_output(closed, whole_run, tmp_path):
 @torch.no_grad()
 def test_pictures_show_what_the_model_says(tmp_path, monkeypatch):
     """The film: real, decoded, dreamt with the actions played; the picture: a dream where something is paid."""
-    args = tiny_args()
-    agent = bold_agent(args)
+    args, agent = bold_agent()
     raw = RawGame("Breakout", 0)
     frames = []
     for i in range(40):
@@ -963,7 +957,6 @@ def test_pictures_show_what_the_model_says(tmp_path, monkeypatch):
 
 
 # ---- Refusals ------------------------------------------------------------------------------------
-# Flags that are refused by their own name.
 # Flags that are refused by their own name, which comes first; RUN is a whole run, FILE is a file.
 REFUSED = """--seed 1764057600123456789 | --seed -1 | --seed one | --epochs 0 | --epochs 1.5 | --epochs | --epoch 3
     | --collect-steps -5 | --tokenizer-updates -1 | --actor-critic-batch 0 | --eval-every 0 | --final-games 0
@@ -1012,11 +1005,7 @@ def test_refused(flags, whole_run, tmp_path, capfd, monkeypatch):
 @pytest.mark.parametrize("error", [RuntimeError("STATUS_ALLOC_FAILED"), MemoryError(), NotImplementedError("mat1")])
 def test_want_of_memory(error, tmp_path, capfd, monkeypatch):
     """Too little memory is a line and code 2; a mistake in the program keeps its traceback."""
-
-    def fail(args):
-        raise error
-
-    monkeypatch.setattr(iris, "Replay", fail)
+    monkeypatch.setattr(iris, "Replay", Mock(side_effect=error))
     wrong = "mat1" in str(error)
     with pytest.raises(RuntimeError, match="mat1") if wrong else contextlib.nullcontext():
         assert run_main(*TINY, "--run-dir", tmp_path) == 2
@@ -1109,16 +1098,19 @@ def run_snippet(name, source, *flags):
         exec(compile(source, name, "exec"), {"__name__": "__main__"})
 
 
-def test_snippet_play(whole_run, monkeypatch):
-    """Playing in a dream: keys show other pictures, r begins anew, and Esc leaves."""
-    source = re.sub(r"runs/[\w-]+|\.github/\w+", str(whole_run), snippet("play.py"))
+def test_snippet_play(monkeypatch, capfd):
+    """Playing in the dream of the run that comes along, which cannot go on: keys act, r begins anew, Esc leaves."""
+    monkeypatch.chdir(README.parent)
+    shipped = Path(".github/kungfumaster")
+    assert (shipped / "checkpoint.pt").stat().st_size < 10_000_000
+    assert run_main("--resume", shipped) == 2
+    assert "only weights" in error_of(capfd)[0]
     keys, images = list("wasd rwd\x1b"), []
-    for name in ("namedWindow", "resizeWindow", "setWindowTitle", "destroyAllWindows"):
-        monkeypatch.setattr(cv2, name, lambda *_: None)
+    monkeypatch.setattr(cv2, "setWindowTitle", lambda *_: None)
     monkeypatch.setattr(cv2, "imshow", lambda name, image: images.append(image))
     monkeypatch.setattr(cv2, "waitKey", lambda *_: ord(keys.pop(0)))
     monkeypatch.setattr(cv2, "getWindowProperty", lambda *_: 1.0)
-    run_snippet("play.py", source, whole_run)
+    run_snippet("play.py", snippet("play.py"))
     assert keys == []
     assert all(image.dtype == np.uint8 for image in images)
     assert len({image.tobytes() for image in images}) > 3
@@ -1185,22 +1177,23 @@ def fill(name, shape):
 
 def authors_layers():
     """The authors' names of our encoder's and decoder's layers, those with weights, in our order."""
-    middle = ["mid.block_1", "mid.attn_1", "mid.block_2"]
+    middle = ["mid.block_1", "mid.block_2"]
     encoder, decoder = ["conv_in"], ["conv_in", *middle]
-    for i in range(5):  # resolutions 64, 32, 16, 8, 4; attention at 16 and 8
-        for j in range(2):
-            encoder += [f"down.{i}.block.{j}", *[f"down.{i}.attn.{j}"] * (i in (2, 3))]
+    for i in range(5):  # resolutions 64, 32, 16, 8, 4
+        encoder += [f"down.{i}.block.{j}" for j in range(2)]
         encoder += [f"down.{i}.downsample.conv"] * (i < 4)
     for i in reversed(range(5)):
-        for j in range(3):
-            decoder += [f"up.{i}.block.{j}", *[f"up.{i}.attn.{j}"] * (i in (2, 3))]
+        decoder += [f"up.{i}.block.{j}" for j in range(3)]
         decoder += [f"up.{i}.upsample.conv"] * (i > 0)
     encoder = [f"encoder.{name}" for name in (*encoder, *middle, "norm_out", "conv_out")]
     decoder = [f"decoder.{name}" for name in (*decoder, "norm_out", "conv_out")]
     return dict(encoder=[*encoder, "pre_quant_conv"], decoder=["post_quant_conv", *decoder])
 
 
+BLOCK_NAMES = ["norm1", "", "conv1", "norm2", "", "conv2"]  # of a residual block's layers
 AUTHORS_NAMES = (  # (pattern in our tensors' names, the authors' names), applied one after another
+    (r"block(\.|_)(\d)\.attention", r"attn\1\2"),
+    (r"layers\.(\d)", lambda match: BLOCK_NAMES[int(match[1])]),
     (r"codebook", "embedding"),
     (r"blocks\.(\d+)\.(proj|qkv)\.", r"blocks.\1.attn.\2."),
     (r"world_model\.(blocks|ln_f)", r"world_model.transformer.\1"),
@@ -1255,7 +1248,7 @@ def golden():
 def paper(golden):
     """The paper's agent, with as many parameters as theirs, and those weights."""
     args, _ = iris.parse_args("--preset paper --device cpu --no-mixed-precision".split())
-    agent = iris.Agent(args, 6).eval()
+    agent = iris.Agent(args, 6)
     counts = [sum(p.numel() for p in network.parameters()) for network in agent.children()]
     assert counts == [4_027_523, 8_448_005, 3_218_983]
     agent.load_state_dict(to_ours(golden["weights"], agent))
@@ -1371,7 +1364,7 @@ def test_parity_checkpoint_plays(golden, hub, tmp_path, monkeypatch, capfd):
 def load_agent(run):
     """A run's folder -> flags, agent, on the CPU."""
     args, checkpoint = iris.parse_args(["--eval", str(run), "--device", "cpu", "--no-mixed-precision"])
-    agent = iris.Agent(args, int(iris.make_env(args.env).single_action_space.n)).eval()
+    agent = iris.Agent(args, int(iris.make_env(args.env).single_action_space.n))
     iris.load_weights(run, checkpoint, agent)
     return args, agent
 
@@ -1396,7 +1389,7 @@ def convert(path, run, game=None):
 def health(run):
     """--health RUN: what the networks know, on the first 300 steps of a real game that the policy plays."""
     args, agent = load_agent(Path(run))
-    _, recording = iris.play_games(agent, iris.accelerate(agent.act, args), args, 1)
+    _, recording = iris.play_games(agent, args, 1)
     T = min(args.sequence_length, len(recording[0]))
     count = len(recording[0]) // T  # segments; what is left at the end is not used
     frames, actions, rewards = (x[: count * T] for x in recording)
@@ -1482,7 +1475,7 @@ def baselines(name):
             actions = torch.randint(len(meanings), (len(frames),))
             return actions if constant < 0 else torch.full_like(actions, constant), state
 
-        scores, _ = iris.play_games(types.SimpleNamespace(actor_critic=memory), act, args, games)
+        scores, _ = iris.play_games(types.SimpleNamespace(actor_critic=memory, act=act), args, games)
         interval = 1.96 * scores.std(ddof=1) / math.sqrt(games)
         print(f"{args.env}, {label:13} {scores.mean():9.1f} +- {interval:.1f} (95 %)", flush=True)
 
@@ -1509,12 +1502,12 @@ def kills(count):
     print(f"{count} kills: the run equals the one never stopped, to the last bit")
 
 
-def plain_updates(agent, optimizers, replay, args):
+def plain_updates(agent, optimizer, replay, args):
     """Updates as one writes them first: float32, all encoded again, dreams without a cache."""
     args = types.SimpleNamespace(**{**vars(args), "mixed_precision": False})
 
     def update(name, *inputs):
-        iris.update(name, getattr(agent, name), optimizers[name], args, *inputs)
+        iris.update(name, getattr(agent, name), optimizer, args, *inputs)
 
     @torch.no_grad()
     def encode(index):
@@ -1549,11 +1542,10 @@ def benchmark(*flags):
     replay = iris.Replay(args)  # as large as training's, for the peak of memory
     args.collect_steps = 1280
     game = iris.Game(args.env, 0)
-    agent = iris.Agent(args, game.num_actions).to(args.device).eval()
-    optimizers = iris.make_optimizers(agent, args.learning_rate)
-    iris.collect(agent, iris.accelerate(agent.act, args), game, replay, args)
+    agent = iris.Agent(args, game.num_actions)
+    optimizer = iris.make_optimizer(agent, args.learning_rate)
+    iris.collect(agent, game, replay, args)
     iris.tokenize_replay(agent, replay, args)
-    dreamer = iris.accelerate(partial(iris.imagine, agent, args.horizon - 1), args)
 
     def tokens():
         replay.tokenized = 0
@@ -1563,10 +1555,10 @@ def benchmark(*flags):
         index, valid = replay.sample(args.actor_critic_batch, args.burn_in + 1, "end")
         last = index[:, -args.context :]
         frames = iris.to_network(replay.reconstructions[index])
-        dreamer(frames, valid, replay.tokens[last], replay.actions[last[:, :-1]])
+        agent.dream(frames, valid, replay.tokens[last], replay.actions[last[:, :-1]])
 
     def train(name, *inputs):
-        return partial(getattr(iris, f"train_{name}"), agent, optimizers[name], replay, args, *inputs)
+        return partial(getattr(iris, f"train_{name}"), agent, optimizer, replay, args, *inputs)
 
     def milliseconds(work):
         times = []
@@ -1578,9 +1570,11 @@ def benchmark(*flags):
             times.append(time.perf_counter() - begun)
         return 1000 * np.median(times[1:])
 
-    ours = dict(tokenizer=train("tokenizer", None), tokens=tokens, world_model=train("world_model"), dream=dream)
-    ours["actor_critic"] = train("actor_critic", dreamer)
-    plain = plain_updates(agent, optimizers, replay, args)
+    ours = dict(tokenizer=train("tokenizer", None), tokens=tokens)
+    ours["world_model"] = train("world_model")
+    ours["dream"] = dream
+    ours["actor_critic"] = train("actor_critic")
+    plain = plain_updates(agent, optimizer, replay, args)
     if args.preset == "small":  # its codes are picked, once an epoch, and not trained
         ours["tokenizer"] = partial(iris.adapt, agent, replay)
     print(f"{args.env}, {args.preset} preset, {args.device}, {torch.get_num_threads()} threads")
