@@ -71,8 +71,9 @@ def parse_args(argv=None):
     """Command line -> flags, and the checkpoint of the run that --resume or --eval names."""
     parser = argparse.ArgumentParser("iris.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--resume", type=Path, metavar="RUN", help="go on, perhaps for more --epochs")
-    modes.add_argument("--eval", type=Path, metavar="RUN", help="score a run, and draw its dreams")
+    options = dict(metavar="RUN", type=lambda name: Path(os.path.expanduser(name)))
+    modes.add_argument("--resume", **options, help="go on, perhaps for more --epochs")
+    modes.add_argument("--eval", **options, help="score a run, and draw its dreams")
     kinds = ("cpu", "cuda", "mps")
     devices = [name for name in kinds if torch.get_device_module(name).is_available()]
     device, preset = ("cuda", "paper") if "cuda" in devices else ("cpu", "small")
@@ -1244,7 +1245,7 @@ def main(argv=None):
         else:
             moment = time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
             name = f"{args.env.replace('/', '-')}__{args.seed}__{moment}"
-            folder = args.resume or Path(args.run_dir).expanduser() / name
+            folder = args.resume or Path(os.path.expanduser(args.run_dir)) / name
             train(args, folder, checkpoint)
         return 0
     except KeyboardInterrupt:
