@@ -25,7 +25,7 @@ Sections, equations and appendices cited below are the paper's; parts are this f
 #      reconstructed frame  ---->  actor-critic (CNN, LSTM)  ----> action
 #
 # Parts 1 to 8 are IRIS as in the paper, and say where they are not. Part 9 is what this file adds for
-# machines without a GPU (--preset small), by overriding a few methods.
+# machines without a GPU (--preset small), mostly by overriding a few methods.
 #
 # Letters in shapes: N images, B batch, T time steps, K tokens per frame, S positions of the
 # transformer (T (K + 1) for T whole steps), D its width, nh heads of size hs, V vocabulary, E size
@@ -887,7 +887,7 @@ def make_optimizer(agent, lr):
 
 
 def train(args, folder, checkpoint):
-    """The whole run: the phases of every epoch, a checkpoint after each, evaluations."""
+    """The whole run: in every epoch its phases and one checkpoint; evaluations."""
     torch.manual_seed(args.seed)
     game = Game(args.env, args.seed * 100_000)
     agent = Agent(args, game.num_actions)
