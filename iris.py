@@ -41,15 +41,15 @@ import re
 import shlex
 import socket
 import sys
+import tempfile
 import time
 import zipfile
 from functools import partial
 from pathlib import Path
 
-# Before torch is imported: idle threads sleep sooner. Dreams get up to 20 times as fast on shared cores.
+# Before torch is imported: idle threads sleep sooner. Dreams run up to 20 times faster on shared cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-import ale_py  # noqa: F401 (importing it registers the games)
 import cv2
 import gymnasium as gym
 import numpy as np
@@ -58,11 +58,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+
 # ---- 1. Flags: the paper's numbers in one place (on a first reading, go on to part 2) ------------
-# The flags that --resume and --eval may change, besides raising --epochs and --collect-epochs.
-MAY_CHANGE = "device mixed_precision final_games eval_temperature".split()
-
-
 class InputError(ValueError):
     """Invalid input, or a run that went wrong: main() prints it in one line, the exit code is 2."""
 
@@ -74,8 +71,7 @@ def parse_args(argv=None):
     options = dict(metavar="RUN", type=lambda name: Path(os.path.expanduser(name)))
     modes.add_argument("--resume", **options, help="go on, perhaps for more --epochs")
     modes.add_argument("--eval", **options, help="score a run, and draw its dreams")
-    kinds = ("cpu", "cuda", "mps")
-    devices = [name for name in kinds if torch.get_device_module(name).is_available()]
+    devices = [name for name in ("cpu", "cuda", "mps") if getattr(torch, name).is_available()]
     device, preset = ("cuda", "paper") if "cuda" in devices else ("cpu", "small")
     fast = torch.cpu.get_capabilities().get("avx512_bf16", False)  # a CPU that computes in bfloat16
     presets = dict(paper={}, small={})
@@ -95,7 +91,7 @@ def parse_args(argv=None):
     add_argument("--run-dir", "runs", "runs", "folder for the folders of runs")
     add_argument("--seed", 1, 1, "of networks, sampling and games")
     add_argument("--device", device, device, "where to compute (mps is untried)", devices)
-    add_argument("--mixed-precision", True, fast, "bfloat16, on GPUs from Ampere on and some CPUs")
+    add_argument("--mixed-precision", True, fast, "bfloat16 (authors: no), on newer GPUs and CPUs")
     # The schedule: an epoch collects real steps, then trains each network for some updates.
     add_argument("--epochs", 600, 20, "epochs in all")
     add_argument("--collect-epochs", 500, 20, "epochs that collect real steps")
@@ -103,15 +99,15 @@ def parse_args(argv=None):
     add_argument("--tokenizer-start", 6, 1, "first epoch that trains the tokenizer")
     add_argument("--world-model-start", 26, 1, "first epoch that trains the world model")
     add_argument("--actor-critic-start", 51, 4, "first epoch that trains the policy")
-    add_argument("--tokenizer-updates", 200, 0, "updates per epoch")
-    add_argument("--world-model-updates", 200, 400, "updates per epoch")
-    add_argument("--actor-critic-updates", 200, 40, "batches of dreams per epoch")
+    add_argument("--tokenizer-updates", 200, 0, "updates per epoch (part 9's codes need none)")
+    add_argument("--world-model-updates", 200, 600, "updates per epoch")
+    add_argument("--actor-critic-updates", 200, 50, "batches of dreams per epoch")
     add_argument("--tokenizer-batch", 256, 64, "frames per update")
     add_argument("--world-model-batch", 64, 8, "segments per update")
     add_argument("--actor-critic-batch", 64, 64, "dreams per batch")
     add_argument("--actor-critic-minibatch", 64, 16, "dreams per update")
     add_argument("--learning-rate", 1e-4, 1e-3, "of Adam, for all three networks")
-    add_argument("--weight-average", 0.0, 0.99, "decay of the mean of the world model's weights")
+    add_argument("--weight-average", 0.0, 0.99, "of the world model's weights, at an epoch's end: decay")
     # Real play: how it explores, and how it is judged.
     add_argument("--epsilon", 0.01, 0.01, "share of random actions while collecting")
     add_argument("--temperature", 1.0, 1.0, "of the policy, while collecting (Freeway 0.01)")
@@ -148,6 +144,8 @@ def parse_args(argv=None):
     args = argparse.Namespace(**(values | given))
     # The same game is also known as ALE/Pong-v5, PongNoFrameskip-v4 or PongDeterministic-v4.
     args.env = re.sub(r"^(ALE/)?(\w+?)((NoFrameskip|Deterministic)?-v\d+)?$", r"\2", args.env)
+    # --resume and --eval may change these flags, and raise --epochs and --collect-epochs.
+    may_change = "device mixed_precision final_games eval_temperature".split()
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
         old = saved.get(name, value)
@@ -156,7 +154,7 @@ def parse_args(argv=None):
         if type(value) in (int, float) and not least <= value <= most:
             parser.error(f"{flag} {value} is out of range: {least} to {most}")
         more = "epochs" in name and value > old
-        if value != old and name not in MAY_CHANGE and not more:
+        if value != old and name not in may_change and not more:
             parser.error(f"{flag} is {old} in {run}, and cannot become {value}")
     if not args.tokenizer_start <= args.world_model_start <= args.actor_critic_start:
         parser.error("--tokenizer-start, --world-model-start, --actor-critic-start: in this order")
@@ -173,7 +171,7 @@ def make_env(game, num_envs=1, training=True):
     # An action is held for 4 raw frames; the agent sees the maximum of the last two, because Atari
     # draws some things only in every other frame. In training, games begin with 0 to 29 no-ops (1 to
     # 30 in the authors' code), and a lost life ends the episode, but not the game.
-    env_id = game if "/" in game else f"ALE/{game}-v5"
+    env_id = game if "/" in game else f"ale_py:ALE/{game}-v5"  # ale_py registers the games
     try:
         height, width, _ = gym.make(env_id).observation_space.shape
         picture = dict(img_height=height, img_width=width, grayscale=False, stack_num=1)
@@ -189,6 +187,7 @@ def make_env(game, num_envs=1, training=True):
 def resize(frames):
     """Frames (N, 1, h, w, 3) uint8 in numpy, of any size -> (N, 64, 64, 3) uint8 in torch."""
     # Antialiased: every raw pixel counts, so that a small ball does not vanish between two samples.
+    # (The authors resize each raw frame, and then take the maximum of two.)
     frames = torch.from_numpy(frames[:, 0]).movedim(-1, 1)
     frames = F.interpolate(frames, (64, 64), mode="bilinear", antialias=True)
     return frames.movedim(1, -1).contiguous()
@@ -256,7 +255,7 @@ class Replay:
             self.actions = torch.zeros(n, dtype=torch.long)
             self.rewards = torch.zeros(n)
             self.ends = torch.zeros_like(self.actions)
-            self.starts = torch.zeros_like(self.actions)  # first steps of the episodes
+            self.starts = torch.zeros_like(self.actions)  # of the episodes, and of the one to come
             self.tokens = torch.zeros(n, args.tokens_per_frame, dtype=torch.long)
             self.reconstructions = torch.zeros_like(self.frames)
         self.size = self.episodes = 0
@@ -265,7 +264,6 @@ class Replay:
     def record(self, game, action):
         """Takes a step in the game and appends it -> the game's score if it is over, else None."""
         if game.is_first:
-            self.starts[self.episodes] = self.size
             self.episodes += 1
         self.frames[self.size] = game.frame
         self.actions[self.size] = action
@@ -273,6 +271,7 @@ class Replay:
         self.rewards[self.size] = reward
         self.ends[self.size] = end
         self.size += 1
+        self.starts[self.episodes] = self.size  # the next episode's
         return score
 
     def sample(self, batch, steps, anchor="start"):
@@ -283,16 +282,14 @@ class Replay:
         #   "start", the world model:   s  s+1  s+2  -   -     padding if the episode ends too early
         #   "end", the policy:          -   -    0   1   s     padding if it begins too late
         # Padding repeats the first or last step; losses and the policy's memory skip it.
-        bounds = F.pad(self.starts[: self.episodes], (0, 1), value=self.size)  # (episodes + 1,)
-        episode = torch.randint(self.episodes, (batch,), device=bounds.device)  # (B,)
-        start = bounds[episode]
-        length = bounds[episode + 1] - start
-        s = (torch.rand(batch, device=bounds.device) * length).long().minimum(length - 1)
-        first = s if anchor == "start" else s - (steps - 1)
-        position = first[:, None] + torch.arange(steps, device=bounds.device)  # (B, T)
-        valid = (position >= 0) & (position < length[:, None])
-        position = position.clamp(min=0).minimum(length[:, None] - 1)
-        return start[:, None] + position, valid
+        episode = torch.randint(self.episodes, (batch, 1), device=self.starts.device)  # (B, 1)
+        start = self.starts[episode]
+        length = self.starts[episode + 1] - start
+        s = (torch.rand_like(length, dtype=torch.float) * length).long().minimum(length - 1)
+        first = start + s if anchor == "start" else start + s - (steps - 1)
+        wanted = first + torch.arange(steps, device=first.device)  # (B, T)
+        index = wanted.clamp(start, start + length - 1)
+        return index, index == wanted
 
 
 def to_network(frames):
@@ -302,7 +299,8 @@ def to_network(frames):
 
 def to_bytes(frames):
     """Frames (..., 3, 64, 64) in [-1, 1] -> (..., 64, 64, 3) uint8."""
-    return ((frames.float() + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1)
+    frames = ((frames.float() + 1) * 127.5).round()
+    return frames.to(torch.uint8).movedim(-3, -1)
 
 
 # ---- 4. Tokenizer: a frame is K words (section 2.1, appendix A.1) --------------------------------
@@ -343,35 +341,33 @@ class SpatialAttention(nn.Module):
         return x + self.proj_out(y[:, 0].transpose(1, 2).reshape(x.shape))
 
 
-def make_autoencoder(sizes, C, E):
-    """Table 2, with sizes 64 .. g: networks for frames (N, 3, 64, 64) -> latents (N, E, K), and back."""
-    encoder = [Conv3x3(3, C)]
-    for size in sizes:
-        # attention would cost too much on larger grids; size 4 has one in the middle, below
-        encoder += [ResBlock(C, attention=size in (8, 16)) for _ in range(2)]
-        if size > sizes[-1]:  # halve it; padded on the right and at the bottom only
-            encoder += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(C, C, 3, stride=2)]
-    encoder += [ResBlock(C, attention=True), ResBlock(C)]
-    encoder += [Norm(C), nn.SiLU(), Conv3x3(C, E), nn.Conv2d(E, E, 1)]
-    encoder.append(nn.Flatten(2))  # (N, E, g, g) -> (N, E, K), row by row
-    decoder = [nn.Unflatten(2, (sizes[-1], sizes[-1]))]  # (N, E, g, g)
-    decoder += [nn.Conv2d(E, E, 1), Conv3x3(E, C), ResBlock(C, attention=True), ResBlock(C)]
-    for size in reversed(sizes):
-        decoder += [ResBlock(C, attention=size in (8, 16)) for _ in range(3)]  # one more
-        if size < 64:
-            decoder += [nn.Upsample(scale_factor=2), Conv3x3(C, C)]
-    decoder += [Norm(C), nn.SiLU(), Conv3x3(C, 3)]
-    return nn.Sequential(*encoder), nn.Sequential(*decoder)
-
-
 class Tokenizer(nn.Module):
     """A VQGAN without its GAN: frames (N, 3, 64, 64) in [-1, 1] <-> tokens (N, K)."""
 
     def __init__(self, args):
         super().__init__()
-        E = 512
+        # Table 2: frames (N, 3, 64, 64) -> latents (N, E, K), and back. Sides of the grids: 64 .. g.
+        C, E = 64, 512
         sizes = [size for size in (64, 32, 16, 8, 4) if size >= math.isqrt(args.tokens_per_frame)]
-        self.encoder, self.decoder = make_autoencoder(sizes, 64, E)
+        encoder = [Conv3x3(3, C)]
+        for size in sizes:
+            # attention would cost too much on larger grids; size 4 has one in the middle, below
+            encoder += [ResBlock(C, attention=size in (8, 16)) for _ in range(2)]
+            if size > sizes[-1]:  # halve it; padded on the right and at the bottom only
+                encoder += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(C, C, 3, stride=2)]
+        encoder += [ResBlock(C, attention=True), ResBlock(C)]
+        encoder += [Norm(C), nn.SiLU(), Conv3x3(C, E), nn.Conv2d(E, E, 1)]
+        encoder.append(nn.Flatten(2))  # (N, E, g, g) -> (N, E, K), row by row
+        decoder = [nn.Unflatten(2, (sizes[-1], sizes[-1]))]  # (N, E, g, g)
+        decoder += [nn.Conv2d(E, E, 1), Conv3x3(E, C)]
+        decoder += [ResBlock(C, attention=True), ResBlock(C)]
+        for size in reversed(sizes):
+            decoder += [ResBlock(C, attention=size in (8, 16)) for _ in range(3)]  # one more
+            if size < 64:
+                decoder += [nn.Upsample(scale_factor=2), Conv3x3(C, C)]
+        decoder += [Norm(C), nn.SiLU(), Conv3x3(C, 3)]
+        self.encoder = nn.Sequential(*encoder)
+        self.decoder = nn.Sequential(*decoder)
         self.codebook = nn.Embedding(args.vocab_size, E)
         nn.init.uniform_(self.codebook.weight, -1 / args.vocab_size, 1 / args.vocab_size)
 
@@ -447,7 +443,8 @@ def load_lpips(device):
                 images = [F.relu(F.conv2d(image, kernel, bias, padding=1)) for image in images]
             a, b = [F.normalize(image, eps=1e-10) for image in images]
             head = weights[f"lin{stage}.model.1.weight"]  # channels' weights, fitted to human judgements
-            distance = distance + F.conv2d((a - b).square(), head).mean((1, 2, 3))
+            difference = F.conv2d((a - b).square(), head)
+            distance = distance + difference.mean((1, 2, 3))
             images = [F.max_pool2d(image, 2) for image in images]
         return distance
 
@@ -455,7 +452,7 @@ def load_lpips(device):
 
 
 # ---- 5. World model: Atari as a language (a GPT; section 2.2, appendix A.2) ----------------------
-# Step i has 16 frame tokens, zi0 to zif (hex digits), then its action ai. What is predicted:
+# Step i has 16 frame tokens, zi0 ... zif (0 to f: hexadecimal), then action ai. What is predicted:
 #   position     0    1  ...   14   15     16  |  17   18  ...   31   32     33  |  34
 #   input       z00  z01 ...  z0e  z0f     a0  |  z10  z11 ...  z1e  z1f     a1  |  z20 ...
 #   next token  z01  z02 ...  z0f    -    z10  |  z11  z12 ...  z1f    -    z20  |  z21 ...
@@ -467,7 +464,7 @@ class Block(nn.Module):
     def __init__(self, width, dropout, kv_heads):
         super().__init__()
         self.heads = 4
-        self.kv_heads = kv_heads  # those with keys and values of their own: four; in part 9 one
+        self.kv_heads = kv_heads  # heads of keys and values: also four; in part 9 one for all
         self.head_size = width // self.heads
         self.dropout = dropout
         self.ln1 = nn.LayerNorm(width)
@@ -486,7 +483,7 @@ class Block(nn.Module):
             cache[:, :, start : start + S] = kv
             kv = cache[:, :, : start + S]
         k, v = kv.chunk(2, dim=1)
-        if S == 1:  # heads that share keys are further queries of one head (else enable_gqa)
+        if S == 1:  # heads that share keys are several queries of one head (if S > 1: enable_gqa)
             q = q.reshape(B, self.kv_heads, -1, self.head_size)
         dropout = self.dropout if self.training else 0.0
         options = dict(is_causal=(S > 1), enable_gqa=(q.shape[1] > k.shape[1]))
@@ -502,7 +499,6 @@ class WorldModel(nn.Module):
     def __init__(self, args, num_actions, kv_heads=4, std=0.02):
         super().__init__()
         D, K, V = args.width, args.tokens_per_frame, args.vocab_size
-        self.tokens_per_frame = K
         # The GPT learns its own embeddings, and never sees the tokenizer's codes.
         self.token_embedding = nn.Embedding(V, D)
         self.action_embedding = nn.Embedding(num_actions, D)
@@ -510,9 +506,14 @@ class WorldModel(nn.Module):
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList(Block(D, args.dropout, kv_heads) for _ in range(args.layers))
         self.ln_f = nn.LayerNorm(D)
+
+        def head(classes):
+            return nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, classes))
+
         # Three questions about one hidden state: the next token, the reward's sign (-1, 0, 1), the end.
-        heads = [nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, n)) for n in (V, 3, 2)]
-        self.head_token, self.head_reward, self.head_end = heads
+        self.head_token = head(V)
+        self.head_reward = head(3)
+        self.head_end = head(2)
         for name, parameter in self.named_parameters():
             if "ln" not in name:  # LayerNorms begin as the identity
                 nn.init.normal_(parameter, 0.0, std)
@@ -545,11 +546,11 @@ class WorldModel(nn.Module):
 
     def predict(self, tokens, actions):
         """Segments -> logits of tokens (B, T K, V), reward signs (B, T, 3), ends (B, T, 2)."""
-        K = self.tokens_per_frame
+        K = tokens.shape[2]
         h = self(self.embed(tokens, actions)).unflatten(1, (-1, K + 1))  # (B, T, K + 1, D)
         at_action = h[:, :, K]
-        # Without the last frame token's position, K a step are left. They predict, in order, the frame
-        # tokens 1, 2, ... T K of the segment; actions are not counted.
+        # Without the last frame token's position, K a step are left. They predict, in order, frame
+        # tokens 1, 2, ... T K, where 0 is the segment's first, and T K the first of the frame after it.
         predicting = torch.cat([h[:, :, : K - 1], h[:, :, K:]], dim=2)
         token_logits = self.head_token(predicting).flatten(1, 2).float()
         return token_logits, self.head_reward(at_action).float(), self.head_end(at_action).float()
@@ -578,13 +579,11 @@ class WorldModel(nn.Module):
 def lambda_returns(rewards, values, ends, gamma, lambda_):
     """Appendix B: rewards and ends (B, H - 1), values (B, H) -> returns (B, H - 1)."""
     # G_t = r_t + gamma (1 - end_t) ((1 - lambda) V_{t+1} + lambda G_{t+1}), back from the last value.
-    returns = torch.empty_like(rewards)
-    next_return = values[:, -1]
+    returns = values.clone()
     for t in reversed(range(rewards.shape[1])):
-        target = (1 - lambda_) * values[:, t + 1] + lambda_ * next_return
-        next_return = rewards[:, t] + gamma * (1 - ends[:, t]) * target
-        returns[:, t] = next_return
-    return returns
+        target = (1 - lambda_) * values[:, t + 1] + lambda_ * returns[:, t + 1]
+        returns[:, t] = rewards[:, t] + gamma * (1 - ends[:, t]) * target
+    return returns[:, :-1]
 
 
 class ActorCritic(nn.Module):
@@ -609,17 +608,16 @@ class ActorCritic(nn.Module):
         """Reconstructed frames (B, T, 3, 64, 64), memory before them -> logits (B, T, A), values
         (B, T), memory after them. Where `valid` (B, T) is false, on padding, memory is set to 0."""
         features = self.cnn(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-        h, c = state.unbind(1)
         hidden = []
         with torch.autocast(frames.device.type, enabled=False):  # bfloat16's 8 bits are too few
             for t in range(frames.shape[1]):
-                h, c = self.lstm(features[:, t].float(), (h, c))
+                h_and_c = self.lstm(features[:, t].float(), state.unbind(1))
+                state = torch.stack(h_and_c, dim=1)
                 if valid is not None:
-                    h = h * valid[:, t, None]
-                    c = c * valid[:, t, None]
-                hidden.append(h)
+                    state = state * valid[:, t, None, None]
+                hidden.append(state[:, 0])
             hidden = torch.stack(hidden, dim=1)  # (B, T, L)
-            return self.actor(hidden), self.critic(hidden)[..., 0], torch.stack([h, c], dim=1)
+            return self.actor(hidden), self.critic(hidden)[..., 0], state
 
     def scale(self, advantage, value_loss):
         """Advantages (B, H - 1), as they are; part 9 divides them by their RMS, sqrt(value_loss)."""
@@ -700,28 +698,29 @@ def imagine(agent, steps, frames, valid, tokens, actions, forced_actions=None):
     if frames.shape[1] > 1:
         _, _, state = policy(frames[:, :-1], state, valid[:, :-1])
     burned_in = state
-    dream = dict(frames=[frames[:, -1]], tokens=[tokens[:, -1]], actions=[], rewards=[], ends=[])
+    dream = dict(frames=[frames[:, -1]], tokens=[tokens[:, -1]])
+    dream.update(actions=[], rewards=[], ends=[])
     # Keys and values of the past are cached, so that a new position costs one position, not all.
     caches = world_model.empty_caches(len(frames))
     prompt = world_model.embed(tokens, F.pad(actions, (0, 1)))[:, :-1]  # the last action is yet to come
     world_model(prompt, caches)
-    position = prompt.shape[1]
     vectors = world_model.token_vectors()  # (V, D)
+    K = tokens.shape[2]
     for t in range(steps):
         logits, _, state = policy(dream["frames"][-1][:, None], state)
         action = sample(logits[:, 0]) if forced_actions is None else forced_actions[:, t]
         vector = world_model.action_embedding(action)
+        position = prompt.shape[1] + t * (K + 1)  # the action's
         h = world_model(vector[:, None], caches, position)[:, 0]  # (B, D)
         dream["actions"].append(action)
         dream["rewards"].append(world_model.dream_reward(world_model.head_reward(h).float()))
         dream["ends"].append(sample(world_model.head_end(h)).float())
         frame = []
-        for _ in range(world_model.tokens_per_frame):
+        for k in range(1, K + 1):
             # The action predicts the first token, each token the next; an action follows the last one.
-            frame.append(sample(world_model.head_token(h)))
-            position += 1
-            h = world_model(vectors[frame[-1]][:, None], caches, position)[:, 0]
-        position += 1
+            token = sample(world_model.head_token(h))  # (B,)
+            h = world_model(vectors[token][:, None], caches, position + k)[:, 0]
+            frame.append(token)
         dream["tokens"].append(torch.stack(frame, dim=1))  # (B, K)
         dream["frames"].append(agent.tokenizer.decode(dream["tokens"][-1]))
     dream = {name: torch.stack(values, dim=1) for name, values in dream.items()}
@@ -739,7 +738,8 @@ def accelerate(function, args):
     def run_graph(*inputs):
         shapes = tuple(x.shape for x in inputs)
         if shapes not in graphs:
-            # Recording draws random numbers. A resumed run records later, but must draw the same ones.
+            # Recording draws random numbers. A resumed run records in another epoch than the run that
+            # was never stopped, and must still draw the same numbers afterwards.
             with torch.random.fork_rng([torch.cuda.current_device()]):
                 static = tuple(x.clone() for x in inputs)  # later inputs are copied into these
                 graphs[shapes] = torch.cuda.make_graphed_callables(run, static)
@@ -774,22 +774,16 @@ def progress(count, label):
         show(f"{label} {i + 1}/{count}, {left:.0f} s left")
 
 
-def update(name, network, optimizer, args, *inputs):
-    """A step on network.loss(*inputs), the gradient's norm clipped to 10 (appendix A) -> metrics."""
+def update(log, name, network, optimizer, args, *inputs):
+    """A step on network.loss(*inputs), the gradient's norm clipped to 10 (appendix A); logs metrics."""
     with torch.autocast(args.device, torch.bfloat16, args.mixed_precision):
         loss, metrics = network.loss(*inputs)
     loss.backward()
     metrics[f"{name}_gradient"] = nn.utils.clip_grad_norm_(network.parameters(), 10.0)
     optimizer.step()
     optimizer.zero_grad()
-    return {name: value.detach() for name, value in metrics.items()}
-
-
-def means(history):
-    """A list of metrics, each a dict of tensors -> their means, as floats."""
-    # Once per phase: to read a value is to wait for the GPU, which then stands idle.
-    names = history[0] if history else []
-    return {name: torch.stack([row[name] for row in history]).mean().item() for name in names}
+    for metric, value in metrics.items():
+        log.setdefault(metric, []).append(value.detach())
 
 
 def collect(agent, game, replay, args):
@@ -814,54 +808,47 @@ def collect(agent, game, replay, args):
     return dict(train_return=float(np.mean(scores))) if scores else {}
 
 
-def train_tokenizer(agent, optimizer, replay, args, perceptual):
-    """An epoch's updates on single frames -> metrics."""
-    history = []
+def train_tokenizer(agent, optimizer, replay, args, log, perceptual):
+    """An epoch's updates on single frames."""
     for _ in progress(args.tokenizer_updates, "tokenizer"):
         index, _ = replay.sample(args.tokenizer_batch, 1)
         x = to_network(replay.frames[index[:, 0]])  # (B, 3, 64, 64)
-        history.append(update("tokenizer", agent.tokenizer, optimizer, args, x, perceptual))
+        update(log, "tokenizer", agent.tokenizer, optimizer, args, x, perceptual)
         replay.tokenized = 0
-    return means(history)
 
 
 @torch.no_grad()
 def tokenize_replay(agent, replay, args):
     """Tokenizes what the current tokenizer has not seen yet, for the two phases that follow."""
-    # A chunk that was not full is done again.
-    for i in progress(math.ceil(replay.size / CHUNK), "tokens"):
-        part = slice(i * CHUNK, (i + 1) * CHUNK)
-        if part.stop > replay.tokenized:
-            with torch.autocast(args.device, torch.bfloat16, args.mixed_precision):
-                replay.tokens[part] = agent.tokenizer.encode(to_network(replay.frames[part]))
-                replay.reconstructions[part] = to_bytes(agent.tokenizer.decode(replay.tokens[part]))
-    replay.tokenized = replay.size
+    for start in range(replay.tokenized, replay.size, CHUNK):
+        show(f"tokens: {start}/{replay.size} frames")
+        part = slice(start, start + CHUNK)
+        with torch.autocast(args.device, torch.bfloat16, args.mixed_precision):
+            replay.tokens[part] = agent.tokenizer.encode(to_network(replay.frames[part]))
+            replay.reconstructions[part] = to_bytes(agent.tokenizer.decode(replay.tokens[part]))
+    replay.tokenized = replay.size // CHUNK * CHUNK  # a chunk that was not full is done again
 
 
-def train_world_model(agent, optimizer, replay, args):
-    """An epoch's updates on segments of T real steps -> metrics."""
+def train_world_model(agent, optimizer, replay, args, log):
+    """An epoch's updates on segments of T real steps."""
     world_model = agent.world_model.train()  # with dropout
-    # With the small preset's learning rate the weights never come to rest, so its epochs end with a
-    # moving average of the epoch's weights.
+    # With the small preset's learning rate the weights never come to rest. So its epochs end with a
+    # moving average of the epoch's weights, from which the next epoch goes on. With the paper's
+    # --weight-average 0, that is just the last weights.
     average = AveragedModel(world_model, multi_avg_fn=get_ema_multi_avg_fn(args.weight_average))
-    history = []
     for _ in progress(args.world_model_updates, "world model"):
         # Segments begin anywhere, so that every position sees every kind of frame.
         index, valid = replay.sample(args.world_model_batch, args.sequence_length)
-        segments = [x[index] for x in (replay.tokens, replay.actions, replay.rewards, replay.ends)]
-        history.append(update("world_model", world_model, optimizer, args, *segments, valid))
-        if args.weight_average > 0:
-            average.update_parameters(world_model)
-    if args.weight_average > 0:
-        world_model.load_state_dict(average.module.state_dict())
+        arrays = replay.tokens, replay.actions, replay.rewards, replay.ends
+        segments = [array[index] for array in arrays]
+        update(log, "world_model", world_model, optimizer, args, *segments, valid)
+        average.update_parameters(world_model)
+    world_model.load_state_dict(average.module.state_dict())
     world_model.eval()
-    return means(history)
 
 
-def train_actor_critic(agent, optimizer, replay, args):
-    """An epoch's updates in dreams -> metrics."""
-    policy = agent.actor_critic
-    history = []
+def train_actor_critic(agent, optimizer, replay, args, log):
+    """An epoch's updates in dreams."""
     for _ in progress(args.actor_critic_updates, "actor-critic"):
         # Dreams begin all over the replay: the policy practises wherever it has ever been.
         index, valid = replay.sample(args.actor_critic_batch, args.burn_in + 1, anchor="end")
@@ -872,8 +859,7 @@ def train_actor_critic(agent, optimizer, replay, args):
         # ignores that after the first the policy is not quite the one that dreamt.
         for i in range(0, args.actor_critic_batch, args.actor_critic_minibatch):
             minibatch = {name: x[i : i + args.actor_critic_minibatch] for name, x in dream.items()}
-            history.append(update("actor_critic", policy, optimizer, args, minibatch, args))
-    return means(history)
+            update(log, "actor_critic", agent.actor_critic, optimizer, args, minibatch, args)
 
 
 def make_optimizer(agent, lr):
@@ -887,7 +873,7 @@ def make_optimizer(agent, lr):
 
 
 def train(args, folder, checkpoint):
-    """The whole run: in every epoch its phases and one checkpoint; evaluations."""
+    """The whole run: every epoch has its phases, and ends with a checkpoint."""
     torch.manual_seed(args.seed)
     game = Game(args.env, args.seed * 100_000)
     agent = Agent(args, game.num_actions)
@@ -909,24 +895,27 @@ def train(args, folder, checkpoint):
         torch.manual_seed(args.seed * 100_000 + epoch)
         begun = time.time()
         row = dict(epoch=epoch)
+        log = {}  # each metric's values, one per update
         # The tokenizer starts first, then the world model, which needs its tokens, then the policy,
         # which needs dreams worth learning from.
         if epoch <= args.collect_epochs:
             row |= collect(agent, game, replay, args)
         if epoch >= args.tokenizer_start:
-            row |= train_tokenizer(agent, optimizer, replay, args, perceptual)
+            train_tokenizer(agent, optimizer, replay, args, log, perceptual)
         if args.preset == "small":
             adapt(agent, replay)  # part 9
         if epoch >= args.world_model_start:
             tokenize_replay(agent, replay, args)  # the tokenizer is frozen until the next epoch
-            row |= train_world_model(agent, optimizer, replay, args)
+            train_world_model(agent, optimizer, replay, args, log)
         # The policy learns in dreams only; real frames do no more than begin them.
         if epoch >= args.actor_critic_start:
-            row |= train_actor_critic(agent, optimizer, replay, args)
-        # A loss that is not finite has already spoilt the weights: stop before they are saved.
-        for name, value in row.items():
-            if not math.isfinite(value):
-                raise InputError(f"{name} is {value} in epoch {epoch}; {folder} keeps the one before")
+            train_actor_critic(agent, optimizer, replay, args, log)
+        # Only now: to read a value is to wait for the GPU, which then stands idle.
+        for name, values in log.items():
+            row[name] = torch.stack(values).mean().item()
+            # A loss that is not finite has already spoilt the weights: stop before they are saved.
+            if not math.isfinite(row[name]):
+                raise InputError(f"{name} is {row[name]} in epoch {epoch}; {folder} keeps the one before")
         # No training below this line: it measures, keeps and shows.
         row |= dict(real_steps=replay.size, seconds=time.time() - begun)
         if epoch % args.eval_every == 0:
@@ -940,15 +929,17 @@ def train(args, folder, checkpoint):
     evaluate(agent, args, args.final_games, folder / "eval")
 
 
-# ---- 9. The small preset: what a laptop needs besides --------------------------------------------
-# On a CPU dreams are slow and real steps are not: the small preset has smaller networks, more real
-# steps and fewer dreams. What else it takes is here, a class a network (.github/NOTES.md says why).
+# ---- 9. The small preset: what a laptop needs as well --------------------------------------------
+# On a CPU dreams are slow and real steps are not: the small preset has smaller networks, few
+# and long epochs of real play (80,000 steps in all), and far fewer dreams. What else it needs is here,
+# one class for each network (.github/NOTES.md has the measurements).
 class LocalTokenizer(Tokenizer):
     """Each token sees and draws one square of the screen, and its code is a little picture."""
 
     # A VQGAN's token can depend on the whole screen. In a short run the codes are spent on combinations
     # of paddles and scores, and the ball disappears first. Here encoder and decoder only cut a frame
-    # into squares and put it together again. Codes are squares of real frames, picked, not trained.
+    # into squares and put it together again. Codes are squares of real frames, picked; to train them
+    # as well (--tokenizer-updates) gained nothing.
     def __init__(self, args):
         super().__init__(args)
         side = 64 // math.isqrt(args.tokens_per_frame)
@@ -962,7 +953,8 @@ class LocalTokenizer(Tokenizer):
         # Most squares are background. So a square is picked with probability proportional to its
         # squared distance from the nearest code (k-means++): something that is not drawn well yet.
         # Sixteen at a time, for speed. A code is never replaced, so that what the world model learned
-        # about it stays valid. Codes not picked yet are noise, which no square is nearest to.
+        # about it stays valid. Codes not picked yet are nn.Embedding's N(0, 1) noise, to which hardly
+        # any square is nearest; in epoch 1 the distances are those to one of them.
         squares = self.encoder(x).transpose(1, 2).flatten(0, 1)  # (N K, E)
         codes = self.codebook.weight
         first = int(self.picked)
@@ -1000,13 +992,13 @@ class LocalWorldModel(WorldModel):
         return self.token_embedding.weight + self.project_pixels(pixels)
 
     def dream_reward(self, logits):
-        """Dreams pay the expected sign: the same gradient on average, with less noise."""
+        """Dreams pay the expected sign: much the same gradient on average, with less noise."""
         probabilities = logits.softmax(-1)
         return probabilities[..., 2] - probabilities[..., 0]
 
 
 class WhitenedActorCritic(ActorCritic):
-    """A policy that sees what moves."""
+    """A policy that sees how a frame differs from the average one."""
 
     def __init__(self, args, num_actions):
         super().__init__(args, num_actions, size=32)  # each pixel is the mean of four
@@ -1030,11 +1022,12 @@ class WhitenedActorCritic(ActorCritic):
         """Sees pixels as differences from their means, in standard deviations, at most 5 of them."""
         # Two frames of a game differ in few pixels: the common background would dominate.
         pixels = F.avg_pool2d(frames.flatten(0, 1), 2).unflatten(0, frames.shape[:2])
-        return super().forward(((pixels - self.mean) / self.std).clamp(-5, 5), state, valid)
+        pixels = ((pixels - self.mean) / self.std).clamp(-5, 5)
+        return super().forward(pixels, state, valid)
 
     def scale(self, advantage, value_loss):
         """Advantages divided by their RMS: then entropy weighs the same in all games."""
-        return advantage / (value_loss.sqrt() + 0.01)  # 0.01: nothing is blown up where nothing is paid
+        return advantage / (value_loss.sqrt() + 0.01)  # 0.01: no noise is blown up where nothing is paid
 
 
 @torch.no_grad()
@@ -1066,9 +1059,10 @@ Seaquest 68.4 42054.7 661.32 | UpNDown 533.4 11693.2 3546.2
 
 def play_games(agent, args, games):
     """Whole games side by side -> returns (games,), and 300 frames, actions, rewards of the first."""
-    # All games start at once, and we wait for the longest: the first to finish are usually lost ones.
+    # All games start at once, and we wait for the longest: the first to finish are usually lost ones,
+    # and a mean over those would be too low.
     env = make_env(args.env, games, training=False)
-    # Not training's seeds, though without no-ops the emulator uses none: only actions are random.
+    # Other seeds than training's. (Atari games without no-ops use none: only actions are random.)
     seeds = args.seed * 100_000 + 50_000 + np.arange(games)
     frames, _ = env.reset(seed=seeds % 2**31)
     torch.manual_seed(args.seed)  # evaluations can be repeated
@@ -1077,19 +1071,17 @@ def play_games(agent, args, games):
     returns = np.zeros(games)
     playing = np.ones(games, dtype=bool)
     recording = []
-    step = 0
     while playing.any():
-        show(f"evaluation: step {step}, {playing.sum()} of {games} games are not over yet")
+        show(f"evaluation: {playing.sum()} of {games} games go on, mean so far {returns.mean():.1f}")
         resized = resize(frames)
         # The policy's memory begins empty and lasts for the whole game, across lives.
         actions, state = agent.act(resized.to(args.device), state, temperature)
-        actions = actions.cpu()
-        frames, rewards, terminated, truncated, _ = env.step(actions.numpy())
+        frames, rewards, terminated, truncated, _ = env.step(actions.cpu().numpy())
         returns += rewards * playing  # a game that is over waits for the others
-        if playing[0] and step < 300:  # a copy: a view would keep the frames of all games
-            recording.append((resized[0].clone(), actions[0], torch.tensor(float(rewards[0]))))
+        if playing[0] and len(recording) < 300:  # copies: a view would keep the frames of all games
+            moment = resized[0].clone(), actions[0].clone(), torch.tensor(rewards[0])
+            recording.append(moment)
         playing &= ~(terminated | truncated)
-        step += 1
     return returns, [torch.stack(column).to(args.device) for column in zip(*recording)]
 
 
@@ -1135,19 +1127,18 @@ def save_run(folder, args, history, agent, optimizer, replay):
     state["rewards"] = replay.rewards[: replay.size].clone()
     buffer = io.BytesIO()  # on a full disk, torch.save to a file would end in an error of its own
     torch.save(state, buffer)
-    # All or nothing, even in a power cut: a rename is atomic, a write is not. The name is this process's.
-    temporary = folder / f"checkpoint.pt.{os.getpid()}-{time.time_ns()}"
-    try:
-        with open(temporary, "wb") as file:
+    # All or nothing, even in a power cut: a rename is atomic, a write is not.
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        with open(f"{temporary}/checkpoint.pt", "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())  # on disk before the rename
-        os.replace(temporary, folder / "checkpoint.pt")
-    finally:
-        temporary.unlink(missing_ok=True)
+        os.replace(file.name, folder / "checkpoint.pt")
     names = dict.fromkeys(name for row in history for name in row)  # in order, each once
-    lines = [",".join(str(row.get(name, "")) for name in names) for row in history]
-    write(folder / "metrics.csv", "\n".join([",".join(names), *lines, ""]).encode())
+    lines = [",".join(names)]
+    for row in history:
+        lines.append(",".join(str(row.get(name, "")) for name in names))
+    write(folder / "metrics.csv", ("\n".join(lines) + "\n").encode())
 
 
 def read_checkpoint(run):
@@ -1209,7 +1200,7 @@ def write_pictures(agent, args, recording, path):
     pasts = decoded[past], torch.ones_like(past), tokens[past], actions[past[:, :-1]]
     torch.manual_seed(args.seed)
     dream = imagine(agent, T - known, *pasts, actions[future[:, :-1]])
-    # The film: real, decoded from its tokens, dreamt; (3 rows, B, T / 2 + 1, 3, 64, 64)
+    # The film: real, decoded from its tokens, dreamt, side by side; (3, B, T / 2 + 1, 3, 64, 64)
     rows = torch.stack([real[future], decoded[future], dream["frames"]])
     film = cv2.Animation()
     steps = rows[:, :, 1:].flatten(1, 2).transpose(0, 1)  # (B T / 2, 3, 3, 64, 64)
@@ -1220,7 +1211,8 @@ def write_pictures(agent, args, recording, path):
     write(path.with_suffix(".webp"), data.tobytes())
     # The picture: the same in rows, four moments of the first dream in which something is really
     # paid, if there is one.
-    b = int((rewards[future[:, :-1]] != 0).any(1).float().argmax())
+    paid = (rewards[future[:, :-1]] != 0).any(1)  # (B,)
+    b = int(paid.float().argmax())
     moments = torch.linspace(0, T - known, 4).long()
     _, data = cv2.imencode(".png", draw(rows[:, b, moments], 4))
     write(path.with_suffix(".png"), data.tobytes())
@@ -1250,16 +1242,14 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         code, message = 130, "stopped"
-    except InputError as error:
-        folder, message = None, str(error)  # resuming would not help
+    except (InputError, FileExistsError) as error:
+        folder, message = None, str(error)  # resuming would not help, or it is another run's folder
     except (OSError, MemoryError, RuntimeError) as error:
         # Only RuntimeErrors of a GPU or of an allocator are the machine's fault.
         machine = isinstance(error, torch.AcceleratorError) or "alloc" in str(error).lower()
         if isinstance(error, RuntimeError) and not machine:
             raise
         message = str(error) or "out of memory"
-        if isinstance(error, FileExistsError):
-            folder = None  # it is another run's
     say("iris.py: error: " + " ".join(message.split())[:600], sys.stderr)
     if folder and os.path.exists(folder / "checkpoint.pt"):
         command = shlex.join(["python", "iris.py", f"--resume={folder}"])
