@@ -930,16 +930,14 @@ def train(args, folder, checkpoint):
 
 
 # ---- 9. The small preset: what a laptop needs as well --------------------------------------------
-# On a CPU dreams are slow and real steps are not: the small preset has smaller networks, few
-# and long epochs of real play (80,000 steps in all), and far fewer dreams. What else it needs is here,
-# one class for each network (.github/NOTES.md has the measurements).
+# Dreams are slow on a CPU: the small preset has smaller networks, fewer and longer epochs, far fewer
+# dreams, and what is here, one class for each network (.github/NOTES.md has the measurements).
 class LocalTokenizer(Tokenizer):
     """Each token sees and draws one square of the screen, and its code is a little picture."""
 
     # A VQGAN's token can depend on the whole screen. In a short run the codes are spent on combinations
     # of paddles and scores, and the ball disappears first. Here encoder and decoder only cut a frame
-    # into squares and put it together again. Codes are squares of real frames, picked; to train them
-    # as well (--tokenizer-updates) gained nothing.
+    # into squares and put it together. Codes are picked from real frames; training them gains nothing.
     def __init__(self, args):
         super().__init__(args)
         side = 64 // math.isqrt(args.tokens_per_frame)
@@ -952,9 +950,8 @@ class LocalTokenizer(Tokenizer):
         """Picks another quarter of the codes from frames x (N, 3, 64, 64)."""
         # Most squares are background. So a square is picked with probability proportional to its
         # squared distance from the nearest code (k-means++): something that is not drawn well yet.
-        # Sixteen at a time, for speed. A code is never replaced, so that what the world model learned
-        # about it stays valid. Codes not picked yet are nn.Embedding's N(0, 1) noise, to which hardly
-        # any square is nearest; in epoch 1 the distances are those to one of them.
+        # Sixteen at a time, for speed. Codes are never replaced: what the world model knows of them
+        # stays valid. Those not picked yet, at first all, are N(0, 1) noise: far from nearly any square.
         squares = self.encoder(x).transpose(1, 2).flatten(0, 1)  # (N K, E)
         codes = self.codebook.weight
         first = int(self.picked)
@@ -1019,8 +1016,7 @@ class WhitenedActorCritic(ActorCritic):
         self.std.copy_((pixels.var(0, correction=0) + 0.05**2).sqrt())
 
     def forward(self, frames, state, valid=None):
-        """Sees pixels as differences from their means, in standard deviations, at most 5 of them."""
-        # Two frames of a game differ in few pixels: the common background would dominate.
+        """Sees pixels as differences from their means, else the common background would dominate."""
         pixels = F.avg_pool2d(frames.flatten(0, 1), 2).unflatten(0, frames.shape[:2])
         pixels = ((pixels - self.mean) / self.std).clamp(-5, 5)
         return super().forward(pixels, state, valid)
