@@ -47,7 +47,7 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
-# Before torch is imported: idle threads sleep sooner. Dreams run up to 20 times faster on shared cores.
+# Must come before torch: lets idle threads sleep sooner. Dreams run up to 20 times faster on shared cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import cv2
@@ -107,7 +107,7 @@ def parse_args(argv=None):
     add_argument("--actor-critic-batch", 64, 64, "dreams per batch")
     add_argument("--actor-critic-minibatch", 64, 16, "dreams per update")
     add_argument("--learning-rate", 1e-4, 1e-3, "of Adam, for all three networks")
-    add_argument("--weight-average", 0.0, 0.99, "of the world model's weights, at an epoch's end: decay")
+    add_argument("--weight-average", 0.0, 0.99, "decay of the world model's mean, for an epoch's end")
     # Real play: how it explores, and how it is judged.
     add_argument("--epsilon", 0.01, 0.01, "share of random actions while collecting")
     add_argument("--temperature", 1.0, 1.0, "of the policy, while collecting (Freeway 0.01)")
@@ -159,7 +159,7 @@ def parse_args(argv=None):
     if not args.tokenizer_start <= args.world_model_start <= args.actor_critic_start:
         parser.error("--tokenizer-start, --world-model-start, --actor-critic-start: in this order")
     if args.context + args.horizon > args.sequence_length + 1 or args.horizon == 1:
-        parser.error("--horizon must be 2 or more, and --sequence-length + 1 - --context or less")
+        parser.error("--horizon must be 2 or more; + --context at most --sequence-length + 1")
     if args.context > args.burn_in or args.width % 4:
         parser.error("--context must be --burn-in or less, --width a multiple of the 4 heads")
     return args, checkpoint
@@ -222,10 +222,10 @@ class Game:
         while terminated[0] or truncated[0]:
             # gymnasium's next-step autoreset: the next episode's first frame comes with one more
             # step. The frame counter tells which of two things that step was:
-            # - It goes on: only a life was lost, and the step was a no-op in the same game. What it
+            # - It went on: only a life was lost, and the step was a no-op in the same game. What it
             #   pays is credited to the action before (the authors drop it). It may lose another life,
             #   hence the loop.
-            # - It goes back: the game was over, and the step only fetched a new one's first frame.
+            # - It went back: the game was over, and the step only fetched a new one's first frame.
             frame_number = info["episode_frame_number"][0]
             frames, rewards, terminated, truncated, info = self.env.step(np.array([0]))
             reward += float(rewards[0])
@@ -255,7 +255,7 @@ class Replay:
             self.actions = torch.zeros(n, dtype=torch.long)
             self.rewards = torch.zeros(n)
             self.ends = torch.zeros_like(self.actions)
-            self.starts = torch.zeros_like(self.actions)  # of the episodes, and of the one to come
+            self.starts = torch.zeros_like(self.actions)  # of each episode, and of the next
             self.tokens = torch.zeros(n, args.tokens_per_frame, dtype=torch.long)
             self.reconstructions = torch.zeros_like(self.frames)
         self.size = self.episodes = 0
@@ -281,7 +281,8 @@ class Replay:
         # segment or as its last:
         #   "start", the world model:   s  s+1  s+2  -   -     padding if the episode ends too early
         #   "end", the policy:          -   -    0   1   s     padding if it begins too late
-        # Padding repeats the first or last step; losses and the policy's memory skip it.
+        # Padding repeats the first or last step. Losses and the policy's memory skip it; --context does
+        # not: early in an episode, the world model reads its first frame several times.
         episode = torch.randint(self.episodes, (batch, 1), device=self.starts.device)  # (B, 1)
         start = self.starts[episode]
         length = self.starts[episode + 1] - start
@@ -483,7 +484,7 @@ class Block(nn.Module):
             cache[:, :, start : start + S] = kv
             kv = cache[:, :, : start + S]
         k, v = kv.chunk(2, dim=1)
-        if S == 1:  # heads that share keys are several queries of one head (if S > 1: enable_gqa)
+        if S == 1:  # heads that share keys become several queries of one head; with four, no change
             q = q.reshape(B, self.kv_heads, -1, self.head_size)
         dropout = self.dropout if self.training else 0.0
         options = dict(is_causal=(S > 1), enable_gqa=(q.shape[1] > k.shape[1]))
@@ -510,7 +511,7 @@ class WorldModel(nn.Module):
         def head(classes):
             return nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, classes))
 
-        # Three questions about one hidden state: the next token, the reward's sign (-1, 0, 1), the end.
+        # Three questions: the next token, and at actions the reward's sign (-1, 0, 1) and the end.
         self.head_token = head(V)
         self.head_reward = head(3)
         self.head_end = head(2)
@@ -538,7 +539,7 @@ class WorldModel(nn.Module):
         return weight.new_zeros(shape, dtype=torch.bfloat16 if mixed else torch.float32)
 
     def forward(self, x, caches=None, start=0):
-        """Embedded positions start .. start + S - 1 (B, S, D) -> hidden states (B, S, D)."""
+        """Embedded positions from `start` on (B, S, D) -> hidden states (B, S, D); see Block."""
         x = self.dropout(x + self.pos_emb.weight[start : start + x.shape[1]])
         for i, block in enumerate(self.blocks):
             x = block(x, None if caches is None else caches[i], start)
@@ -688,9 +689,9 @@ def imagine(agent, steps, frames, valid, tokens, actions, forced_actions=None):
     """Dreams `steps` = H - 1 steps on from a real past -> dict of frames (B, H, 3, 64, 64) and tokens
     (B, H, K), both from the last real frame on; actions, rewards and ends (B, H - 1); state (B, 2, L),
     the policy's memory before the last real frame. forced_actions (B, H - 1) replace the policy's."""
-    # frames (B, m, 3, 64, 64) are m = --burn-in + 1 reconstructed real ones, padding where `valid` (B, m)
-    # is false; the last of them opens the dream. tokens (B, n, K) are those of the last n = --context
-    # frames, actions (B, n - 1) what was done between them. Then, `steps` times: the policy acts on the
+    # frames (B, m, 3, 64, 64) are reconstructed real ones (training: m = --burn-in + 1), padding where
+    # `valid` (B, m) is false; the last of them opens the dream. tokens (B, n, K) are those of the last n
+    # (--context), actions (B, n - 1) what was done between them. `steps` times, the policy acts on the
     # newest frame, the world model predicts reward, end and next frame. The last frame only has a value:
     # nothing is done in it (the authors act there, to no effect).
     policy, world_model = agent.actor_critic, agent.world_model
@@ -728,7 +729,7 @@ def imagine(agent, steps, frames, valid, tokens, actions, forced_actions=None):
 
 
 def accelerate(function, args):
-    """Wraps a function of tensors that takes no gradient: mixed precision, on a GPU a graph per shape."""
+    """Wraps a function of tensors, without gradients: mixed precision; on a GPU a graph per shape."""
     # A dream is tens of thousands of tiny kernels, each quicker to run than to launch. A CUDA graph
     # records them once and replays them in one go; a call overwrites the outputs of the one before.
     # Autocast inside: a graph must cast the weights anew, since they change between its replays.
@@ -814,7 +815,7 @@ def train_tokenizer(agent, optimizer, replay, args, log, perceptual):
         index, _ = replay.sample(args.tokenizer_batch, 1)
         x = to_network(replay.frames[index[:, 0]])  # (B, 3, 64, 64)
         update(log, "tokenizer", agent.tokenizer, optimizer, args, x, perceptual)
-        replay.tokenized = 0
+        replay.tokenized = 0  # all tokens are stale now
 
 
 @torch.no_grad()
@@ -853,8 +854,8 @@ def train_actor_critic(agent, optimizer, replay, args, log):
         # Dreams begin all over the replay: the policy practises wherever it has ever been.
         index, valid = replay.sample(args.actor_critic_batch, args.burn_in + 1, anchor="end")
         frames = to_network(replay.reconstructions[index])
-        last = index[:, -args.context :]  # where the episode is shorter, its first step repeats
-        dream = agent.dream(frames, valid, replay.tokens[last], replay.actions[last[:, :-1]])
+        past = index[:, -args.context :]  # where the episode is shorter, its first step repeats
+        dream = agent.dream(frames, valid, replay.tokens[past], replay.actions[past[:, :-1]])
         # The paper makes one update of a batch. The small preset splits it into minibatches, and
         # ignores that after the first the policy is not quite the one that dreamt.
         for i in range(0, args.actor_critic_batch, args.actor_critic_minibatch):
@@ -864,7 +865,7 @@ def train_actor_critic(agent, optimizer, replay, args, log):
 
 def make_optimizer(agent, lr):
     """-> one optimizer for all networks; a step leaves those without gradients alone; appendix A."""
-    # Weight decay is for the transformer's matrices only (without it, AdamW is Adam). Embeddings, gains
+    # Weight decay is for the world model's matrices only (without it, AdamW is Adam). Embeddings, gains
     # and biases must keep their size: a rare word would otherwise fade between two uses.
     linear = [m.weight for m in agent.world_model.modules() if isinstance(m, nn.Linear)]
     others = [weight for weight in agent.parameters() if weight not in set(linear)]
@@ -915,8 +916,8 @@ def train(args, folder, checkpoint):
             row[name] = torch.stack(values).mean().item()
             # A loss that is not finite has already spoilt the weights: stop before they are saved.
             if not math.isfinite(row[name]):
-                raise InputError(f"{name} is {row[name]} in epoch {epoch}; {folder} keeps the one before")
-        # No training below this line: it measures, keeps and shows.
+                raise InputError(f"{name} is {row[name]} in epoch {epoch}; {folder} still has the one before")
+        # From here on nothing is trained: measure, save, show.
         row |= dict(real_steps=replay.size, seconds=time.time() - begun)
         if epoch % args.eval_every == 0:
             path = folder / "media" / f"epoch_{epoch:03d}"
@@ -929,7 +930,7 @@ def train(args, folder, checkpoint):
     evaluate(agent, args, args.final_games, folder / "eval")
 
 
-# ---- 9. The small preset: what a laptop needs as well --------------------------------------------
+# ---- 9. The small preset: what makes a laptop enough ---------------------------------------------
 # Dreams are slow on a CPU: the small preset has smaller networks, fewer and longer epochs, far fewer
 # dreams, and what is here, one class for each network (.github/NOTES.md has the measurements).
 class LocalTokenizer(Tokenizer):
@@ -950,8 +951,8 @@ class LocalTokenizer(Tokenizer):
         """Picks another quarter of the codes from frames x (N, 3, 64, 64)."""
         # Most squares are background. So a square is picked with probability proportional to its
         # squared distance from the nearest code (k-means++): something that is not drawn well yet.
-        # Sixteen at a time, for speed. Codes are never replaced: what the world model knows of them
-        # stays valid. Those not picked yet, at first all, are N(0, 1) noise: far from nearly any square.
+        # Sixteen at a time, for speed; the first sixteen nearly at random. Codes are never replaced: what
+        # the world model knows of them stays valid. Those not picked yet are noise, far from any square.
         squares = self.encoder(x).transpose(1, 2).flatten(0, 1)  # (N K, E)
         codes = self.codebook.weight
         first = int(self.picked)
@@ -977,7 +978,7 @@ class LocalWorldModel(WorldModel):
         self.project_pixels = nn.Linear(3 * 64 * 64 // K, D, bias=False)
         nn.init.normal_(self.project_pixels.weight, 0.0, std)
         self.register_buffer("codes", torch.zeros(args.vocab_size, 3 * 64 * 64 // K))  # set by adapt
-        # Positions begin as step + place in the step: what is learned at one step holds at every step.
+        # Positions begin as step + place in the step: what is learned at one step helps at others.
         steps = std * torch.randn(args.sequence_length, 1, D)
         places = std * torch.randn(K + 1, D)
         self.pos_emb.weight.data.copy_((steps + places).flatten(0, 1))
@@ -1023,7 +1024,7 @@ class WhitenedActorCritic(ActorCritic):
 
     def scale(self, advantage, value_loss):
         """Advantages divided by their RMS: then entropy weighs the same in all games."""
-        return advantage / (value_loss.sqrt() + 0.01)  # 0.01: no noise is blown up where nothing is paid
+        return advantage / (value_loss.sqrt() + 0.01)  # 0.01: noise stays small where nothing is paid
 
 
 @torch.no_grad()
@@ -1058,7 +1059,7 @@ def play_games(agent, args, games):
     # All games start at once, and we wait for the longest: the first to finish are usually lost ones,
     # and a mean over those would be too low.
     env = make_env(args.env, games, training=False)
-    # Other seeds than training's. (Atari games without no-ops use none: only actions are random.)
+    # Other seeds than training's, though Atari without no-ops uses none: only actions are random.
     seeds = args.seed * 100_000 + 50_000 + np.arange(games)
     frames, _ = env.reset(seed=seeds % 2**31)
     torch.manual_seed(args.seed)  # evaluations can be repeated
@@ -1070,7 +1071,7 @@ def play_games(agent, args, games):
     while playing.any():
         show(f"evaluation: {playing.sum()} of {games} games go on, mean so far {returns.mean():.1f}")
         resized = resize(frames)
-        # The policy's memory begins empty and lasts for the whole game, across lives.
+        # The policy's memory begins empty and lasts for the whole game (in training, for a life).
         actions, state = agent.act(resized.to(args.device), state, temperature)
         frames, rewards, terminated, truncated, _ = env.step(actions.cpu().numpy())
         returns += rewards * playing  # a game that is over waits for the others
@@ -1222,7 +1223,7 @@ def main(argv=None):
     try:
         args, checkpoint = parse_args(argv)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each of a dream's 300 shapes
+        torch.backends.cuda.enable_cudnn_sdp(False)  # would plan anew for 300 shapes of a dream
         if args.eval:
             agent = Agent(args, Game(args.env, 0).num_actions)
             load_weights(args.eval, checkpoint, agent)
