@@ -834,8 +834,7 @@ def train_world_model(agent, optimizer, replay, args, log):
     """An epoch's updates on segments of T real steps."""
     world_model = agent.world_model.train()  # with dropout
     # With the small preset's learning rate the weights never come to rest. So its epochs end with a
-    # moving average of the epoch's weights, from which the next epoch goes on. With the paper's
-    # --weight-average 0, that is just the last weights.
+    # moving average of the epoch's weights, from which the next epoch goes on.
     average = AveragedModel(world_model, multi_avg_fn=get_ema_multi_avg_fn(args.weight_average))
     for _ in progress(args.world_model_updates, "world model"):
         # Segments begin anywhere, so that every position sees every kind of frame.
@@ -843,8 +842,10 @@ def train_world_model(agent, optimizer, replay, args, log):
         arrays = replay.tokens, replay.actions, replay.rewards, replay.ends
         segments = [array[index] for array in arrays]
         update(log, "world_model", world_model, optimizer, args, *segments, valid)
-        average.update_parameters(world_model)
-    world_model.load_state_dict(average.module.state_dict())
+        if args.weight_average > 0:
+            average.update_parameters(world_model)
+    if args.weight_average > 0:
+        world_model.load_state_dict(average.module.state_dict())
     world_model.eval()
 
 
