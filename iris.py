@@ -1077,7 +1077,7 @@ def play_games(agent, args, games):
         frames, rewards, terminated, truncated, _ = env.step(actions.cpu().numpy())
         returns += rewards * playing  # a game that is over waits for the others
         if playing[0] and len(recording) < 300:  # copies: a view would keep the frames of all games
-            moment = resized[0].clone(), actions[0].clone(), torch.tensor(rewards[0])
+            moment = resized[0].clone(), actions[0].clone(), torch.tensor(float(rewards[0]))
             recording.append(moment)
         playing &= ~(terminated | truncated)
     return returns, [torch.stack(column).to(args.device) for column in zip(*recording)]
