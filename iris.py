@@ -925,7 +925,7 @@ def train(args, folder, checkpoint):
             row["eval_return"] = evaluate(agent, args, args.eval_games, path)
         history.append(row)
         save_run(folder, args, history, agent, optimizer, replay)
-        shown = ", ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row)
+        shown = ", ".join(f"{name} {row[name]:.6g}" for name in SHOWN if name in row)
         left = (args.epochs - epoch) * row["seconds"] / 60
         say(f"epoch {epoch}/{args.epochs}: {shown}, {left:.0f} min left at this pace")
     evaluate(agent, args, args.final_games, folder / "eval")
@@ -1241,16 +1241,16 @@ def main(argv=None):
     except KeyboardInterrupt:
         code, message = 130, "stopped"
     except (InputError, FileExistsError) as error:
-        folder, message = None, str(error)  # resuming would not help, or it is another run's folder
+        folder, message = None, f"error: {error}"  # resuming would not help, or it is another run's folder
     except (OSError, MemoryError, RuntimeError) as error:
         # Only RuntimeErrors of a GPU or of an allocator are the machine's fault.
         machine = isinstance(error, torch.AcceleratorError) or "alloc" in str(error).lower()
         if isinstance(error, RuntimeError) and not machine:
             raise
-        message = str(error) or "out of memory"
-    say("iris.py: error: " + " ".join(message.split())[:600], sys.stderr)
+        message = f"error: {error}" if str(error) else "error: out of memory"
+    say("iris.py: " + " ".join(message.split())[:600], sys.stderr)
     if folder and os.path.exists(folder / "checkpoint.pt"):
-        command = shlex.join(["python", "iris.py", f"--resume={folder}"])
+        command = shlex.join(["python", sys.argv[0], f"--resume={folder}"])
         say(f"Go on from the last whole epoch: {command}", sys.stderr)
     return code
 

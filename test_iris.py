@@ -742,10 +742,10 @@ def error_of(capfd, hint=False):
     """What the program says on stderr -> its one line, and the flags of the hint in the line after it."""
     others = r"A\.L\.E|\[Powered|\r"  # the emulator's greeting, torch's download
     line, *more = re.findall(rf"^(?!{others}).+$", capfd.readouterr().err, re.MULTILINE)
-    assert line.startswith("iris.py: error: ")
+    assert line.startswith(("iris.py: error: ", "iris.py: stopped"))
     assert len(more) == hint
     words = shlex.split(more[0].removeprefix("Go on from the last whole epoch: ")) if hint else []
-    assert words[:2] == ["python", "iris.py"] * hint
+    assert words[:2] == ["python", sys.argv[0]] * hint
     return line, words[2:]
 
 
@@ -854,7 +854,7 @@ def test_stopped_and_resumed(how, output, whole_run, tmp_path):
     (folder,) = tmp_path.iterdir()
     assert process.returncode == (130 if how == "SIGINT" else -getattr(signal, how))
     assert not (folder / "eval.json").exists()
-    assert how != "SIGINT" or "iris.py: error: stopped\nGo on" in errors
+    assert how != "SIGINT" or "iris.py: stopped\nGo on" in errors
     resume = shlex.join(command("--resume", folder))
     assert subprocess.run(f"{resume} {output}", shell=True).returncode == 0
     assert read_run(folder) == read_run(whole_run)
