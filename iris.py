@@ -784,7 +784,10 @@ def update(log, name, network, optimizer, args, *inputs):
     optimizer.step()
     optimizer.zero_grad()
     for metric, value in metrics.items():
-        log.setdefault(metric, []).append(value.detach())
+        # One growing tensor: small ones that stay, between large ones that go, would fill a CPU's heap
+        # with holes (a list of scalars cost gigabytes).
+        values = log.get(metric, value.new_empty(0))
+        log[metric] = torch.cat([values, value.detach()[None]])
 
 
 def collect(agent, game, replay, args):
@@ -914,7 +917,7 @@ def train(args, folder, checkpoint):
             train_actor_critic(agent, optimizer, replay, args, log)
         # Only now: to read a value is to wait for the GPU, which then stands idle.
         for name, values in log.items():
-            row[name] = torch.stack(values).mean().item()
+            row[name] = values.mean().item()
             # A loss that is not finite has already spoilt the weights: stop before they are saved.
             if not math.isfinite(row[name]):
                 raise InputError(f"{name} is {row[name]} in epoch {epoch}; {folder} still has the one before")
