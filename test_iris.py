@@ -804,6 +804,7 @@ def test_whole_training(whole_run):
     assert [row["real_steps"] for row in rows] == ["40", "80", "120", "120"]
     for name, first in (("token_loss", 2), ("policy_loss", 3), ("eval_return", 4)):
         assert [row[name] != "" for row in rows] == [epoch >= first for epoch in (1, 2, 3, 4)]
+    assert float(rows[3]["entropy"]) < math.log(6) + 0.01  # metrics are means over updates, not sums
     weights = checkpoint["agent"]
     torch.manual_seed(args.seed)
     for name, weight in iris.Agent(args, 6).named_parameters():
