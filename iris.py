@@ -107,7 +107,7 @@ def parse_args(argv=None):
     add_argument("--actor-critic-batch", 64, 64, "dreams per batch")
     add_argument("--actor-critic-minibatch", 64, 16, "dreams per update")
     add_argument("--learning-rate", 1e-4, 1e-3, "of Adam, for all three networks")
-    add_argument("--weight-average", 0.0, 0.99, "decay of the moving average that ends its epoch")
+    add_argument("--weight-average", 0.0, 0.99, "decay of the average of the world model's weights")
     # Real play: how it explores, and how it is judged.
     add_argument("--epsilon", 0.01, 0.01, "share of random actions while collecting")
     add_argument("--temperature", 1.0, 1.0, "of the policy, while collecting (Freeway 0.01)")
