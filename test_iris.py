@@ -1149,18 +1149,18 @@ def test_snippet_own_game(tmp_path, monkeypatch):
 def test_snippet_scores(tmp_path, monkeypatch):
     """The normalised scores that rliable gets, (seeds, games), are those by hand."""
     source = snippet("scores.py")
-    (folder,) = re.findall(r"\"([\w/]+)/\*/eval\.json", source)
-    for number, line in enumerate(["Pong 14.6", "Pong -20.7", "Hero 1027", "Hero 30826.4"]):
-        game, mean = line.split()
-        path = tmp_path / folder / f"{game}__{number}" / "eval.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(dict(game=game, mean=float(mean))))
-    rliable = Mock()
+    rliable, matplotlib = Mock(), Mock()
     rliable.library.get_interval_estimates.return_value = dict(iris=0), dict(iris=0)
-    matplotlib = Mock()
     for module, stub in (("rliable", rliable), ("matplotlib", matplotlib), ("matplotlib.pyplot", matplotlib.pyplot)):
         monkeypatch.setitem(sys.modules, module, stub)
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="no finished run"):
+        run_snippet("scores.py", source)
+    results = ("Pong", 14.6), ("Pong", -20.7), ("Hero", 1027), ("Hero", 30826.4)
+    for number, (game, mean) in enumerate(results):
+        path = tmp_path / f"runs/{game}__{number}/eval.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(dict(game=game, mean=mean)))
     run_snippet("scores.py", source)
     scores = rliable.library.get_interval_estimates.call_args.args[0]["iris"]
     close(sorted(scores.T.tolist()), [[0, 1], [1, 0]])
