@@ -545,6 +545,30 @@ def test_update():
     assert not any(values.requires_grad for values in log.values())
 
 
+def test_collecting():
+    """The policy's memory is empty when an episode begins; a new epoch fills it with the last --burn-in frames."""
+    args, agent = bold_agent("--collect-steps", "100", "--epsilon", "0.3")
+    calls = []
+
+    def act(frames, state, temperature):
+        calls.append((frames[0], int(state[0, 0, 0])))
+        return torch.ones(1, dtype=torch.long), state + 1  # memory counts frames
+
+    agent.act = act
+    game, replay = iris.Game("Breakout", 0), iris.Replay(args)
+    for begun in (0, 100, 200):
+        calls.clear()
+        iris.collect(agent, game, replay, args)
+        frames, memory = zip(*calls, strict=True)
+        same(torch.stack(frames), replay.frames[replay.size - len(frames) : replay.size])
+        starts = replay.starts[: replay.episodes]
+        for step in range(begun, begun + 100):
+            start = int(starts[starts <= step].max())
+            assert memory[step - replay.size] == step - max(start, begun - args.burn_in)
+    assert replay.episodes > 3
+    assert 0.1 < (replay.actions[:300] != 1).float().mean() < 0.35  # 0.3, but a quarter of these are 1, too
+
+
 def test_dreams_begin_in_the_replay(monkeypatch):
     """Training's dreams know the last frames that the policy has seen; each is in one update."""
     args, agent = bold_agent("--actor-critic-updates", "1", "--actor-critic-minibatch", "24")
@@ -1425,54 +1449,6 @@ def health(run):
     print(f"{paid.sum()} rewards are paid, {(foreseen != 0).sum()} foreseen, {right} of these rightly")
 
 
-FIELD = torch.tensor([144.0, 72.0, 17.0])  # the brown of Pong's
-
-
-def find_ball(frames):
-    """Frames of Pong (n, 64, 64, 3) -> pixels that show the ball (n, 64, 64), its place (n, 2)."""
-    red, _, blue = (frames.float() - FIELD).unbind(-1)
-    # The ball is white. Paddles are orange or green, which have less blue, also when blended.
-    shown = (blue > 30) & (red > 0) & (blue > 1.7 * red)
-    shown[:, :12] = False  # the score
-    shown[:, 57:] = False  # the wall
-    weight = shown * blue
-    line = torch.arange(64.0)
-    row, column = weight.sum(2) @ line, weight.sum(1) @ line
-    return shown, torch.stack([row, column], dim=1) / weight.sum((1, 2))[:, None]  # nan: none
-
-
-@torch.no_grad()
-def ball(run):
-    """--ball RUN: how much of the ball is drawn, and where it is in dreams of five steps."""
-    args, agent = load_agent(Path(run))
-    args.collect_steps = 20_000
-    replay = iris.Replay(args)
-    game = iris.Game("Pong", 0)
-    torch.manual_seed(0)
-    while replay.record(game, int(torch.randint(6, (1,)))) is None:  # until the game is over
-        pass
-    frames, actions = replay.frames[: replay.size], replay.actions
-    tokens = agent.tokenizer.encode(iris.to_network(frames))
-    drawn = iris.to_bytes(agent.tokenizer.decode(tokens))
-    shown, place = find_ball(frames)
-    known = ~place.isnan().any(1)
-    real = frames[shown].float()
-    lost = (real - drawn[shown]).abs().sum()
-    contrast = (real - FIELD).abs().sum()
-    print(f"{1 - lost / contrast:.1%} of the ball's contrast is drawn ({shown.sum()} pixels)")
-    window = torch.arange(len(frames)).unfold(0, 10, 1)  # five real, five dreamt
-    window = window[known[window[:, [3, 4, 9]]].all(1)]
-    past = window[:, :5]
-    seen = iris.to_network(drawn[past])
-    forced = actions[window[:, 4:9]]
-    dream = iris.imagine(agent, 5, seen, torch.ones_like(past), tokens[past], actions[past[:, :4]], forced)
-    _, guess = find_ball(iris.to_bytes(dream["frames"][:, 5]))
-    before, now, later = place[window[:, [3, 4, 9]]].unbind(1)
-    print(f"the ball five steps after {len(past)} frames, mean error in pixels, in rows and in columns:")
-    print("  dreamt", (guess - later).abs().nanmean(0), f"gone in {guess.isnan().any(1).float().mean():.1%}")
-    print("  flying straight on", (6 * now - 5 * before - later).abs().mean(0))
-
-
 def baselines(name):
     """--baselines GAME: whole games of random play and of each constant action."""
     args, _ = iris.parse_args(["--env", name, "--device", "cpu"])
@@ -1593,7 +1569,7 @@ def benchmark(*flags):
         print(f"  {torch.cuda.max_memory_allocated() / 1e9:.2f} GB, plain included")
 
 
-SCRIPTS = {f"--{script.__name__}": script for script in (convert, health, benchmark, baselines, ball, kills)}
+SCRIPTS = {f"--{script.__name__}": script for script in (convert, health, benchmark, baselines, kills)}
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SCRIPTS:
         sys.exit("tests: python -m pytest test_iris.py; scripts: python test_iris.py " + " | ".join(SCRIPTS))
