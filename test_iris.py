@@ -547,7 +547,7 @@ def test_update():
 
 def test_collecting():
     """The policy's memory is empty when an episode begins; a new epoch fills it with the last --burn-in frames."""
-    args, agent = bold_agent("--collect-steps", "100", "--epsilon", "0.3")
+    args, agent = bold_agent("--collect-steps", "7", "--collect-epochs", "40", "--epsilon", "0.3")
     calls = []
 
     def act(frames, state, temperature):
@@ -556,17 +556,19 @@ def test_collecting():
 
     agent.act = act
     game, replay = iris.Game("Breakout", 0), iris.Replay(args)
-    for begun in (0, 100, 200):
+    shorter = 0
+    for begun in range(0, 280, 7):
         calls.clear()
         iris.collect(agent, game, replay, args)
         frames, memory = zip(*calls, strict=True)
         same(torch.stack(frames), replay.frames[replay.size - len(frames) : replay.size])
         starts = replay.starts[: replay.episodes]
-        for step in range(begun, begun + 100):
+        for step in range(begun, begun + 7):
             start = int(starts[starts <= step].max())
             assert memory[step - replay.size] == step - max(start, begun - args.burn_in)
-    assert replay.episodes > 3
-    assert 0.1 < (replay.actions[:300] != 1).float().mean() < 0.35  # 0.3, but a quarter of these are 1, too
+        shorter += len(frames) - 7 < args.burn_in
+    assert 1 < shorter < 40  # episodes that began shortly before an epoch did
+    assert 0.1 < (replay.actions[:280] != 1).float().mean() < 0.35  # 0.3, but a quarter of these are 1, too
 
 
 def test_dreams_begin_in_the_replay(monkeypatch):
