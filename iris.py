@@ -1169,7 +1169,7 @@ def load_run(run, checkpoint, agent, optimizer, game, replay):
     if "optimizer" not in checkpoint:
         raise InputError(f"{run} has only weights, for --eval, and cannot be resumed")
     optimizer.load_state_dict(checkpoint["optimizer"])
-    # Playing 100,000 steps again takes two minutes; their frames would be 1.2 GB on disk.
+    # Playing 100,000 steps again takes a minute or two; their frames would be 1.2 GB on disk.
     actions = checkpoint["actions"].tolist()
     for i in progress(len(actions), "play again"):
         replay.record(game, actions[i])
